@@ -211,6 +211,15 @@ def read_manifest(bundle: Path) -> Manifest:
     return manifest_from_json(text, where=str(path))
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder is a bundle of any version: its manifest says so."""
+    try:
+        head = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and head.get("format") == FORMAT
+
+
 def checkpoint_location_json(folder: Path) -> str:
     """The text of `checkpoint.json`."""
     location = {"format": LOCATION_FORMAT, "schema_version": SCHEMA_VERSION, "path": str(folder)}

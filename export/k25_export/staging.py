@@ -1,0 +1,88 @@
+"""Folders that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from k25_plugins.errors import InputError
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, is_ours: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends without an error.
+
+    Missing parents are created. An existing `target` must be empty or `is_ours`; it is replaced whole. On any error,
+    or an interrupt, the target is as before and the temporary folder is gone. Errors of the operating system (not
+    writable, disk full) become `InputError`.
+    """
+    if os.path.lexists(target) and not target.is_dir():
+        raise InputError(f"{what} {target}: expected a folder, found a file. Choose another name.")
+    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
+        raise InputError(f"{what} {target}: the folder is not empty and is no {what} of ours. Choose another name.")
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{what} {target}: cannot be created: {error.strerror}") from error
+    try:
+        staging.chmod(0o755)
+        yield staging
+        _replace(staging, target)
+    except OSError as error:
+        where = f" ({Path(error.filename).name})" if isinstance(error.filename, str) else ""
+        raise InputError(f"{what} {target}: cannot be written: {error.strerror}{where}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-{os.getpid()}-"
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside `target`: folders whose process is gone."""
+    for path in target.parent.glob(f".{target.name}.partial-*-*"):
+        owner = path.name.removeprefix(f".{target.name}.partial-").partition("-")[0]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Rename over an empty or missing target; an existing one is moved aside first and then removed."""
+    _sync(staging)
+    if target.is_dir() and any(target.iterdir()):
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent)) / "old"
+        target.rename(aside)
+        try:
+            staging.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        finally:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+    else:
+        staging.rename(target)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

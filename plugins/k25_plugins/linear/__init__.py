@@ -1,0 +1,1 @@
+"""`k25.Linear`: activation times bf16 weight, as stored."""

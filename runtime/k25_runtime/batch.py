@@ -1,0 +1,44 @@
+"""The inputs of one step: tokens of several sequences packed flat, and where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from k25_runtime.sequence import Sequence
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """`token_ids`, `positions` [T]; `query_start` [S + 1]; `block_table` [S, blocks]; all int32."""
+
+    token_ids: Int32
+    positions: Int32
+    query_start: Int32
+    block_table: Int32
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens of the step."""
+        return len(self.token_ids)
+
+
+def batch_from_chunks(chunks: Sequence_[tuple[Sequence, Sequence_[int]]]) -> Batch:
+    """Pack the next tokens of each sequence; its blocks must have been reserved. Unused table entries are 0."""
+    counts = [len(tokens) for _, tokens in chunks]
+    positions = [np.arange(sequence.length, sequence.length + len(tokens)) for sequence, tokens in chunks]
+    width = max(len(sequence.blocks) for sequence, _ in chunks)
+    table = np.zeros((len(chunks), width), np.int32)
+    for row, (sequence, _) in enumerate(chunks):
+        table[row, : len(sequence.blocks)] = sequence.blocks
+    return Batch(
+        token_ids=np.concatenate([np.asarray(tokens, np.int32) for _, tokens in chunks]),
+        positions=np.concatenate(positions).astype(np.int32),
+        query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        block_table=table,
+    )
