@@ -28,8 +28,9 @@ class BlockAllocator:
         needed = [self.blocks_needed(sequence, tokens) for sequence, tokens in requests]
         if sum(needed) > len(self._free):
             raise InputError(
-                f"latent cache: expected {sum(needed)} free blocks of {self.block_size} tokens, found "
-                f"{len(self._free)} of {self.blocks}. Free a sequence, or open the runtime with more sequences or a larger context."
+                f"latent cache: expected {sum(needed)} free blocks of {self.block_size} tokens, "
+                f"found {len(self._free)} of {self.blocks}. "
+                "Free a sequence, or open the runtime with more sequences or a larger context."
             )
         for (sequence, _), count in zip(requests, needed, strict=True):
             sequence.blocks += [self._free.pop() for _ in range(count)]

@@ -137,7 +137,8 @@ class Runtime:
 
     def decode(self, token_id: int) -> Float32:
         """Append one token to the current sequence; logits float32 [V]."""
-        return self.extend([token_id])[0]
+        logits: Float32 = self.extend([token_id])[0]
+        return logits
 
     # Several sequences.
 
@@ -220,7 +221,7 @@ class Runtime:
             prompt_ids=prompt_ids,
             new_ids=new_ids,
             text="".join(token.text for token in tokens),
-            finish_reason=finish_reason(new_ids, self._stop_ids(ignore_eos)),
+            finish_reason=finish_reason(new_ids, self.stop_ids(ignore_eos=ignore_eos)),
             prompt_logits=prompt_logits[0] if keep_logits else None,
             step_logits=steps,
         )
@@ -245,7 +246,7 @@ class Runtime:
         logits = self.prefill(prompt_ids, rows="last" if prompt_logits is None else "all")
         if prompt_logits is not None:
             prompt_logits.append(logits)
-        stop_ids = self._stop_ids(ignore_eos)
+        stop_ids = self.stop_ids(ignore_eos=ignore_eos)
         decoder = self.files.tokenizer.decode_stream() if self.files.has_tokenizer else None
         sampler = Sampler(sampling or SamplingConfig())
         for token_id, chosen_from in generated_tokens(
@@ -326,7 +327,8 @@ class Runtime:
                 found[index].append(logits[offset : offset + len(span)])
                 offset += len(span)
 
-    def _stop_ids(self, ignore_eos: bool) -> frozenset[int]:
+    def stop_ids(self, *, ignore_eos: bool = False) -> frozenset[int]:
+        """Ids that end a generation; none with `ignore_eos`."""
         return frozenset() if ignore_eos else self.files.stop_ids
 
     def _checked_tokens(self, token_ids: Sequence_[int], *, cached: int) -> list[int]:

@@ -1,0 +1,118 @@
+"""Entry point of `k25-export`: verbs are loaded when they are called, errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from k25_plugins.errors import BackendMissingError, K25Error
+from k25_plugins.version import __version__
+
+EXIT_INTERNAL = 5
+EXIT_INTERRUPTED = 130
+
+#: Verb -> what it does, in the order of the work. Modules are `k25_cli.verbs.<verb with underscores>`.
+VERBS: Mapping[str, str] = {
+    "inspect": "What a checkpoint holds, its size, what is wrong with it.",
+    "demo-checkpoint": "Write a small checkpoint in Kimi K2.5's official layout.",
+    "export": "ONNX components and manifest from a checkpoint.",
+    "validate": "Compare a bundle with a reference; write the parity report.",
+    "build": "export + compile + validate.",
+    "run": "Generate text from a bundle.",
+    "completion": "Print the completion script of a shell.",
+}
+
+#: Verbs that are specified (docs/architecture.md) but not built yet.
+PLANNED: Mapping[str, str] = {
+    "bind": "One layer as a standalone ONNX file over the original shards.",
+    "compile": "TensorRT engines, without a GPU.",
+    "bisect": "The first diverging layer, then op.",
+    "bench": "Speed, against the memory bandwidth of the machine.",
+    "plan": "Memory and hardware that a checkpoint takes.",
+    "verify": "Hashes of everything that a bundle refers to.",
+}
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported only when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*VERBS, *PLANNED]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in PLANNED:
+            return _planned(cmd_name)
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"k25_cli.verbs.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+        with formatter.section("Not there yet (exit code 4)"):
+            formatter.write_dl(list(PLANNED.items()))
+
+
+def _planned(name: str) -> click.Command:
+    def refuse(arguments: tuple[str, ...]) -> None:
+        raise BackendMissingError(f"{name}: this verb is not there yet in k25-export {__version__}; see the README.")
+
+    return click.Command(
+        name,
+        callback=refuse,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        short_help=PLANNED[name],
+        help=f"{PLANNED[name]} Not there yet.",
+    )
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="k25-export")
+def cli() -> None:
+    """Kimi K2.5 from its checkpoint to ONNX components that run, with numerical proof.
+
+    Exit codes: 0 done; 1 parity or verification failed; 2 usage; 3 bad input; 4 a backend, target or verb is
+    missing; 5 an internal error.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with its code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code. Errors are one message on standard error."""
+    try:
+        result: Any = cli.main(arguments, prog_name="k25-export", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except K25Error as error:
+        click.echo(f"k25-export: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("k25-export: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        click.echo(
+            f"k25-export: internal error: {type(error).__name__}: {error}. Please report it with the lines above.",
+            err=True,
+        )
+        return EXIT_INTERNAL

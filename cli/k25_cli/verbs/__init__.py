@@ -1,0 +1,1 @@
+"""One verb a file. A verb imports its stage inside its function, so that `--help` stays light."""
