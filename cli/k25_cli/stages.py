@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from k25_cli.extras import require_extra
 from k25_cli.output import Progress
+from k25_plugins.errors import VerificationError
 
 if TYPE_CHECKING:
     from k25_export.manifest import Manifest
+    from k25_validate.validation import ReferenceName
 
 
 def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,3 +40,40 @@ def export_bundle(
 
     intake = checkpoint_from_folder(checkpoint, latent_norm_eps=latent_norm_eps or DEFAULT_LATENT_NORM_EPS)
     return bundle_from_checkpoint(intake, output, progress=progress)
+
+
+def reference_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--reference`."""
+    return click.option(
+        "--reference",
+        type=click.Choice(["plain", "transformers"]),
+        default="plain",
+        show_default=True,
+        help="The judge: our own plain PyTorch model, or transformers' native class.",
+    )(function)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """What `validate` and `build` print."""
+
+    values: dict[str, Any]
+    text: str
+    exit_code: int
+
+
+def validate_bundle(bundle: Path, *, checkpoint: str | None, reference: str, progress: Progress) -> ValidationResult:
+    """Compare the bundle with the reference and write the report."""
+    require_extra("validate")
+    from k25_validate.parity_report import report_to_dict
+    from k25_validate.report_files import write_report
+    from k25_validate.validation import parity_report_from_bundle
+
+    name = cast("ReferenceName", reference)
+    report = parity_report_from_bundle(bundle, checkpoint=checkpoint, reference=name, progress=progress)
+    page = write_report(report, bundle)
+    return ValidationResult(
+        values={"report": str(page.resolve()), **report_to_dict(report)},
+        text=f"{report.summary()}\nreport: {page.resolve()}",
+        exit_code=0 if report.passed else VerificationError.exit_code,
+    )

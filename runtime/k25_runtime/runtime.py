@@ -17,7 +17,7 @@ import numpy.typing as npt
 from k25_export.manifest import Manifest, Precision
 from k25_plugins.errors import BackendMissingError, InputError
 from k25_runtime.backend import Backend
-from k25_runtime.batch import batch_from_chunks
+from k25_runtime.batch import Batch, batch_from_chunks
 from k25_runtime.block_allocator import BlockAllocator
 from k25_runtime.bundle_files import BundleFiles
 from k25_runtime.generation import GeneratedToken, Generation, finish_reason, generated_tokens
@@ -163,14 +163,7 @@ class Runtime:
 
         Longer steps than `max_batch_tokens` are run in pieces. Nothing is appended where one chunk does not fit.
         """
-        if not chunks:
-            raise InputError("batch: expected at least one sequence, found none")
-        if len({id(sequence) for sequence, _ in chunks}) != len(chunks):
-            raise InputError("batch: expected each sequence once, found one of them twice")
-        checked = [
-            (sequence, self._checked_tokens(tokens, cached=self._checked_length(sequence)))
-            for sequence, tokens in chunks
-        ]
+        checked = self._checked_chunks(chunks)
         self._allocator.reserve([(sequence, len(tokens)) for sequence, tokens in checked])
         found: list[list[Float32]] = [[] for _ in checked]
         taken = [0] * len(checked)
@@ -184,6 +177,12 @@ class Runtime:
             raise InputError(f"decode: expected {len(sequences)} token ids, one a sequence, found {len(token_ids)}")
         chunks = [(sequence, [token]) for sequence, token in zip(sequences, token_ids, strict=True)]
         return np.concatenate(self.extend_batch(chunks))
+
+    def reserved_batch(self, chunks: Sequence_[tuple[Sequence, Sequence_[int]]]) -> Batch:
+        """Reserve cache for the next tokens of each sequence and pack them, for driving `runner` layer by layer."""
+        checked = self._checked_chunks(chunks)
+        self._allocator.reserve([(sequence, len(tokens)) for sequence, tokens in checked])
+        return batch_from_chunks(checked)
 
     # Text.
 
@@ -330,6 +329,16 @@ class Runtime:
     def stop_ids(self, *, ignore_eos: bool = False) -> frozenset[int]:
         """Ids that end a generation; none with `ignore_eos`."""
         return frozenset() if ignore_eos else self.files.stop_ids
+
+    def _checked_chunks(self, chunks: Sequence_[tuple[Sequence, Sequence_[int]]]) -> list[tuple[Sequence, list[int]]]:
+        if not chunks:
+            raise InputError("batch: expected at least one sequence, found none")
+        if len({id(sequence) for sequence, _ in chunks}) != len(chunks):
+            raise InputError("batch: expected each sequence once, found one of them twice")
+        return [
+            (sequence, self._checked_tokens(tokens, cached=self._checked_length(sequence)))
+            for sequence, tokens in chunks
+        ]
 
     def _checked_tokens(self, token_ids: Sequence_[int], *, cached: int) -> list[int]:
         tokens = [int(token) for token in token_ids]

@@ -20,28 +20,12 @@ from typing import SupportsIndex
 
 import tiktoken
 
+from k25_export.tokenizer_pattern import KIMI_PATTERN
 from k25_plugins.errors import InputError, mismatch
 
 RANKS_FILE = "tiktoken.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_ID_COUNT = 256
-
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-# Alternatives in the order in which they are tried.
-KIMI_PATTERN = "|".join(
-    (
-        r"\p{Han}+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 # tiktoken's pattern matcher is recursive: the official tokenizer cuts its input here so that the stack suffices.
 _MAX_CHARACTERS = 400_000

@@ -1,0 +1,46 @@
+"""`k25-export build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from k25_cli.extras import require_extra
+from k25_cli.output import Output, output_options
+from k25_cli.stages import export_bundle, export_options, reference_option, validate_bundle
+from k25_plugins.errors import BackendMissingError
+
+
+@click.command("build")
+@click.argument("checkpoint")
+@export_options
+@reference_option
+@click.option("--target", multiple=True, help="Not there yet: TensorRT engines to build.")
+@output_options
+def command(
+    checkpoint: str,
+    output: Path,
+    latent_norm_eps: float | None,
+    reference: str,
+    target: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Export CHECKPOINT to a bundle and validate it. A bundle whose parity fails is kept, with its report.
+
+    CHECKPOINT is a folder, or a Hugging Face id (owner/name) that is in the local cache.
+    Exit code 1 where a check fails.
+    """
+    if target:
+        raise BackendMissingError("--target: TensorRT engines are not there yet; see the README")
+    require_extra("validate")
+    printer = Output(as_json=as_json, quiet=quiet)
+    with printer.progress() as progress:
+        _, is_reused = export_bundle(checkpoint, output, latent_norm_eps=latent_norm_eps, progress=progress)
+        result = validate_bundle(output, checkpoint=None, reference=reference, progress=progress)
+    bundle = str(output.resolve())
+    how = " (components reused, nothing has changed)" if is_reused else ""
+    values = {"bundle": bundle, "reused": is_reused, **result.values}
+    printer.result(values, lambda: click.echo(f"bundle: {bundle}{how}\n{result.text}"))
+    return result.exit_code

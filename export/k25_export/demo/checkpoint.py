@@ -1,0 +1,82 @@
+"""Write a demo checkpoint: random weights in the official layout of Kimi K2.5, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from k25_export.config import model_config_from_dict
+from k25_export.demo.layout import Shard, index_json, shards_from_config
+from k25_export.demo.official_config import official_config_from_preset
+from k25_export.demo.presets import preset_with_overrides
+from k25_export.demo.small_files import json_bytes, small_files
+from k25_export.demo.weights import tensor_bytes
+from k25_export.staging import staged_folder
+from k25_plugins.version import __version__
+
+MARKER_FILE = "demo.json"
+MARKER_FORMAT = "k25-demo-checkpoint"
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_demo_checkpoint(
+    folder: Path,
+    *,
+    preset: str,
+    seed: int = 0,
+    overrides: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a checkpoint of random weights into `folder`, and return the folder.
+
+    The bytes depend on `preset`, `seed`, `overrides` (sizes of `text_config` by key) and the version of k25-export,
+    and on nothing else. The folder appears under its name only when it is complete; a demo checkpoint that is there
+    already is replaced whole. `progress` is called with (file, bytes written, bytes in all) after every tensor.
+
+    Raises `InputError` for a preset, key or size that does not fit, for a folder that holds something else, and for
+    what the operating system refuses.
+    """
+    values = official_config_from_preset(preset_with_overrides(preset, overrides))
+    config = model_config_from_dict(values)
+    shards = shards_from_config(config)
+    with staged_folder(folder, is_ours=_is_demo_checkpoint, what="demo checkpoint") as staging:
+        files = {
+            "config.json": json_bytes(values),
+            "model.safetensors.index.json": index_json(shards).encode(),
+            MARKER_FILE: _marker_bytes(preset, seed, overrides or {}),
+            **small_files(vocab_size=config.text.vocab_size, context_length=config.text.max_position_embeddings),
+        }
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        _write_shards(staging, shards, seed=seed, progress=progress)
+    return folder
+
+
+def _marker_bytes(preset: str, seed: int, overrides: Mapping[str, int]) -> bytes:
+    marker = {"format": MARKER_FORMAT, "version": __version__, "preset": preset, "seed": seed}
+    return json_bytes({**marker, "overrides": dict(sorted(overrides.items()))})
+
+
+def _is_demo_checkpoint(folder: Path) -> bool:
+    try:
+        marker = json.loads((folder / MARKER_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and marker.get("format") == MARKER_FORMAT
+
+
+def _write_shards(folder: Path, shards: tuple[Shard, ...], *, seed: int, progress: Progress | None) -> None:
+    """Every safetensors file, streamed tensor by tensor."""
+    total = sum(shard.data_bytes for shard in shards)
+    written = 0
+    for shard in shards:
+        with (folder / shard.file).open("wb") as file:
+            file.write(shard.header())
+            for tensor in shard.tensors:
+                for piece in tensor_bytes(tensor, seed=seed):
+                    file.write(piece)
+                written += tensor.byte_count
+                if progress is not None:
+                    progress(shard.file, written, total)

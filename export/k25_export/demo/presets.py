@@ -1,0 +1,115 @@
+"""The sizes of the demo checkpoints: one entry a preset, keys as in the official `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from k25_export.demo.special_tokens import SPECIAL_ID_COUNT
+from k25_plugins.errors import InputError, mismatch
+
+SMALLEST_VOCABULARY = 256 + SPECIAL_ID_COUNT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What differs between demo checkpoints; everything else is as in the official configuration.
+
+    `text` holds sizes of `text_config`, `vision` sizes of `vision_config`.
+    """
+
+    text: Mapping[str, int]
+    vision: Mapping[str, int]
+
+
+# Deliberately awkward: no two sizes are equal by accident, and few are powers of two.
+_TINY = Preset(
+    text={
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 160,
+        "moe_intermediate_size": 96,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "num_attention_heads": 6,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+        "max_position_embeddings": 262144,
+    },
+    vision={
+        "init_pos_emb_height": 10,
+        "init_pos_emb_width": 14,
+        "init_pos_emb_time": 4,
+        "vt_hidden_size": 32,
+        "vt_num_hidden_layers": 2,
+        "vt_num_attention_heads": 2,
+        "vt_intermediate_size": 56,
+    },
+)
+
+# 486 million text parameters: large enough to time, small enough for any machine.
+_SMALL = Preset(
+    text={
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 4096,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "num_attention_heads": 16,
+        "q_lora_rank": 512,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "max_position_embeddings": 262144,
+    },
+    vision={
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+        "init_pos_emb_time": 4,
+        "vt_hidden_size": 192,
+        "vt_num_hidden_layers": 4,
+        "vt_num_attention_heads": 4,
+        "vt_intermediate_size": 720,
+    },
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "tiny": _TINY,
+        "small": _SMALL,
+    }
+)
+
+
+def preset_with_overrides(name: str, overrides: Mapping[str, int] | None = None) -> Preset:
+    """The preset of this name, with text sizes replaced by key.
+
+    Raises `InputError` for a preset that does not exist and for a key that is no size of `text_config`. Whether
+    the sizes fit together is judged where the configuration is read (`k25_export.config`).
+    """
+    if name not in PRESETS:
+        raise mismatch("demo preset", expected=" or ".join(PRESETS), found=repr(name))
+    preset = PRESETS[name]
+    unknown = sorted(set(overrides or {}) - set(preset.text))
+    if unknown:
+        raise InputError(f"demo overrides: expected keys among {', '.join(preset.text)}; found {', '.join(unknown)}")
+    text = {**preset.text, **(overrides or {})}
+    if text["vocab_size"] < SMALLEST_VOCABULARY:
+        raise mismatch(
+            "demo overrides: vocab_size",
+            expected=f"at least {SMALLEST_VOCABULARY} (256 bytes and {SPECIAL_ID_COUNT} special ids)",
+            found=text["vocab_size"],
+        )
+    return replace(preset, text=text)

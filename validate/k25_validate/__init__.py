@@ -1,0 +1,1 @@
+"""Stage `validate`: references, metrics and reports. Importing this imports nothing heavy."""
