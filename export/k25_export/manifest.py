@@ -194,6 +194,7 @@ def manifest_from_json(text: str | bytes, *, where: str = MANIFEST_NAME) -> Mani
     body = {key: value for key, value in values.items() if key not in ("format", "schema_version", "ops")}
     manifest: Manifest = _build(Manifest, body, where)
     _check_tensors(manifest, where)
+    _check_paths(manifest, where)
     return manifest
 
 
@@ -282,6 +283,15 @@ def _check_tensors(manifest: Manifest, where: str) -> None:
         shard = manifest.shards[group.shard]
         if offsets and (min(offsets) < shard.data_start or max(offsets) + group.length > shard.bytes):
             raise mismatch(label, expected=f"bytes {shard.data_start}..{shard.bytes} of {shard.file}", found="others")
+
+
+def _check_paths(manifest: Manifest, where: str) -> None:
+    """A file of the bundle is `folder/name`: no path leaves the bundle."""
+    paths = [entry.path for component in manifest.components for entry in component.files]
+    for path in (*paths, *(entry.path for entry in manifest.tokenizer)):
+        folder, separator, name = path.partition("/")
+        if not separator or not is_plain_file_name(folder) or not is_plain_file_name(name):
+            raise mismatch(f"{where}: path", expected="folder/name inside the bundle", found=repr(path))
 
 
 def _plain(value: Any) -> Any:

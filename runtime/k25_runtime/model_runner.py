@@ -5,6 +5,7 @@ Legend: T tokens, R rows, H hidden, V vocabulary, K experts a token.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k25_export.manifest import ComponentEntry, Manifest, Precision
-from k25_plugins.errors import InputError
+from k25_plugins.errors import InputError, mismatch
 from k25_runtime.backend import Backend, Instance
 from k25_runtime.batch import Batch
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor, host_tensor_from_float32
@@ -137,8 +138,17 @@ class ModelRunner:
 
 
 def _component_bytes(bundle: Path, component: ComponentEntry, precision: Precision) -> bytes:
-    path = bundle / component.file(precision).path
+    entry = component.file(precision)
     try:
-        return path.read_bytes()
+        data = (bundle / entry.path).read_bytes()
     except OSError as error:
-        raise InputError(f"bundle {bundle}: cannot read {component.file(precision).path}: {error.strerror}") from error
+        raise InputError(f"bundle {bundle}: cannot read {entry.path}: {error.strerror}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
+        raise mismatch(
+            f"bundle {bundle}: {entry.path}: SHA-256",
+            expected=entry.sha256,
+            found=digest,
+            hint="The file has changed since the export: export the checkpoint again.",
+        )
+    return data
