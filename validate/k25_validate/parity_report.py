@@ -40,7 +40,7 @@ class ComponentRow:
     component: str
     layer: int | None
     local: float
-    tolerance: float
+    tolerance: Tolerance
     accumulated: float
     max_abs: float
     worst: str

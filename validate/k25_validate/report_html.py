@@ -18,9 +18,11 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; vertical-align: top; }
 tr { border-bottom: 1px solid var(--line); }
+td:first-child { white-space: nowrap; }
+td:last-child { min-width: 14rem; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font-size: 0.85em; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+svg { width: 100%; min-width: 38rem; height: auto; } svg text { fill: currentColor; font-size: 12px; }
 @media print { body { max-width: none; } }
 """
 
@@ -105,7 +107,7 @@ def _component_table(rows: Iterable[ComponentRow]) -> str:
             _cell(_label(row)),
             *(
                 _cell(_number(value), "number")
-                for value in (row.local, row.tolerance, row.accumulated, row.max_abs, 1 - row.cosine)
+                for value in (row.local, row.tolerance.value, row.accumulated, row.max_abs, 1 - row.cosine)
             ),
             _cell("" if row.router_differs is None else row.router_differs, "number"),
             _cell("" if row.router_ties is None else row.router_ties, "number"),
@@ -122,7 +124,12 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 900.0, 260.0, 60.0, 30.0
 def _chart(rows: tuple[ComponentRow, ...]) -> str:
     """Relative L2 by component on a logarithmic axis: local, accumulated, tolerance."""
     series = (("local", "--good"), ("accumulated", "--own"), ("tolerance", "--limit"))
-    values = [getattr(row, name) for row in rows for name, _ in series]
+    points_of = {
+        "local": [row.local for row in rows],
+        "accumulated": [row.accumulated for row in rows],
+        "tolerance": [row.tolerance.value for row in rows],
+    }
+    values = [value for points in points_of.values() for value in points]
     finite = [value for value in values if math.isfinite(value) and value > 0] or [1e-7, 1.0]
     low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
     high = max(high, low + 1)
@@ -140,13 +147,13 @@ def _chart(rows: tuple[ComponentRow, ...]) -> str:
         parts.append(f"<line x1='{_LEFT}' x2='{_WIDTH}' y1='{at:.1f}' y2='{at:.1f}' stroke='var(--line)'/>")
         parts.append(f"<text x='{_LEFT - 8}' y='{at + 4:.1f}' text-anchor='end'>1e{exponent}</text>")
     for name, colour in series:
-        points = " ".join(f"{x(index):.1f},{y(getattr(row, name)):.1f}" for index, row in enumerate(rows))
+        points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(points_of[name]))
         parts.append(f"<polyline points='{points}' fill='none' stroke='var({colour})' stroke-width='2'/>")
         if name != "tolerance":
             parts += [
-                f"<circle cx='{x(index):.1f}' cy='{y(getattr(row, name)):.1f}' r='3' fill='var({colour})'>"
-                f"<title>{_text(_label(row))}, {name}: {_number(getattr(row, name))}</title></circle>"
-                for index, row in enumerate(rows)
+                f"<circle cx='{x(index):.1f}' cy='{y(value):.1f}' r='3' fill='var({colour})'>"
+                f"<title>{_text(_label(rows[index]))}, {name}: {_number(value)}</title></circle>"
+                for index, value in enumerate(points_of[name])
             ]
     step = max(1, len(rows) // 12)
     for index, row in enumerate(rows):
