@@ -29,7 +29,7 @@ def write_demo_checkpoint(
     overrides: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a checkpoint of random weights into `folder`, and return the folder.
+    """Write a checkpoint of random weights into `folder`, and return it. A sparse preset has zeros that take no room.
 
     The bytes depend on `preset`, `seed`, `overrides` (sizes of `text_config` by key) and the version of k25-export,
     and on nothing else. The folder appears under its name only when it is complete; a demo checkpoint that is there
@@ -38,7 +38,8 @@ def write_demo_checkpoint(
     Raises `InputError` for a preset, key or size that does not fit, for a folder that holds something else, and for
     what the operating system refuses.
     """
-    values = official_config_from_preset(preset_with_overrides(preset, overrides))
+    sizes = preset_with_overrides(preset, overrides)
+    values = official_config_from_preset(sizes)
     config = model_config_from_dict(values)
     shards = shards_from_config(config)
     with staged_folder(folder, is_ours=_is_demo_checkpoint, what="demo checkpoint") as staging:
@@ -50,7 +51,10 @@ def write_demo_checkpoint(
         }
         for name, content in files.items():
             (staging / name).write_bytes(content)
-        _write_shards(staging, shards, seed=seed, progress=progress)
+        if sizes.is_sparse:
+            _write_sparse_shards(staging, shards, progress=progress)
+        else:
+            _write_shards(staging, shards, seed=seed, progress=progress)
     return folder
 
 
@@ -65,6 +69,17 @@ def _is_demo_checkpoint(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and marker.get("format") == MARKER_FORMAT
+
+
+def _write_sparse_shards(folder: Path, shards: tuple[Shard, ...], *, progress: Progress | None) -> None:
+    """Every safetensors file with its header, and a hole where the data would be."""
+    for number, shard in enumerate(shards, start=1):
+        with (folder / shard.file).open("wb") as file:
+            header = shard.header()
+            file.write(header)
+            file.truncate(len(header) + shard.data_bytes)
+        if progress is not None:
+            progress("sparse shards", number, len(shards))
 
 
 def _write_shards(folder: Path, shards: tuple[Shard, ...], *, seed: int, progress: Progress | None) -> None:

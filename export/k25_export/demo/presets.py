@@ -16,11 +16,13 @@ SMALLEST_VOCABULARY = 256 + SPECIAL_ID_COUNT
 class Preset:
     """What differs between demo checkpoints; everything else is as in the official configuration.
 
-    `text` holds sizes of `text_config`, `vision` sizes of `vision_config`.
+    `text` holds sizes of `text_config`, `vision` sizes of `vision_config`. `is_sparse`: headers are real, data are
+    holes in the files, which read as zeros and take no room.
     """
 
     text: Mapping[str, int]
     vision: Mapping[str, int]
+    is_sparse: bool = False
 
 
 # Deliberately awkward: no two sizes are equal by accident, and few are powers of two.
@@ -85,10 +87,43 @@ _SMALL = Preset(
     },
 )
 
+# The official sizes: 1.03 T parameters, 595 GB.
+_FULL_SPARSE = Preset(
+    text={
+        "vocab_size": 163840,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "num_attention_heads": 64,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "max_position_embeddings": 262144,
+    },
+    vision={
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+        "init_pos_emb_time": 4,
+        "vt_hidden_size": 1152,
+        "vt_num_hidden_layers": 27,
+        "vt_num_attention_heads": 16,
+        "vt_intermediate_size": 4304,
+    },
+    is_sparse=True,
+)
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "tiny": _TINY,
         "small": _SMALL,
+        "full-sparse": _FULL_SPARSE,
     }
 )
 
