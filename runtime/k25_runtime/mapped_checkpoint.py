@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from k25_export.manifest import (
     ComponentEntry,
     Manifest,
     ShardEntry,
-    TensorGroup,
+    Tensor,
     read_checkpoint_location,
 )
+from k25_export.tensor_table import NOT_HELD, Table, TensorTable, for_layer
 from k25_plugins.errors import InputError, mismatch
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor
 
 CHECKPOINT_VARIABLE = "K25_CHECKPOINT"
 
 _STORED_DTYPES = {"BF16": "bfloat16", "F32": "float32", "I32": "int32", "I64": "int64"}
-_NOT_HELD = -1
-
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -43,10 +41,8 @@ class MappedCheckpoint:
     def __init__(self, manifest: Manifest, folder: Path) -> None:
         self.folder = folder
         self._shards = [_mapped_shard(folder, shard) for shard in manifest.shards]
-        self._groups: dict[str, list[TensorGroup]] = {}
-        for group in manifest.tensors:
-            self._groups.setdefault(group.name, []).append(group)
-        self._regions: dict[tuple[tuple[str, ...], int], tuple[Bytes, npt.NDArray[np.int64]]] = {}
+        self._table = TensorTable(manifest)
+        self._regions: dict[tuple[str, ...], tuple[Bytes, Table]] = {}
 
     def weights(self, component: ComponentEntry, layer: int | None, precision: str) -> dict[str, HostTensor]:
         """Every weight input of an instance, by input name. Views of the map wherever the bytes allow it."""
@@ -58,28 +54,29 @@ class MappedCheckpoint:
 
     def tensor(self, name: str) -> HostTensor:
         """A tensor by its full name, as stored."""
-        group = self._single(name, f"tensor {name}")
-        assert group.offset is not None
-        data = self._shards[group.shard][group.offset : group.offset + group.length]
-        dtype = _STORED_DTYPES[group.dtype]
+        tensor = self._table.tensor(name)
+        data = self._bytes(tensor)
+        dtype = _STORED_DTYPES[tensor.dtype]
         storage = np.dtype(STORAGE_DTYPES[dtype])
         if data.ctypes.data % storage.itemsize:
             data = data.copy()  # a kernel may assume natural alignment, which the format does not promise
-        return HostTensor(data.view(storage).reshape(group.shape), dtype)
+        return HostTensor(data.view(storage).reshape(tensor.shape), dtype)
+
+    def _bytes(self, tensor: Tensor) -> Bytes:
+        return self._shards[tensor.shard][tensor.offset : tensor.offset + tensor.length]
 
     def _bound(self, binding: Binding, layer: int | None, dtype: str, where: str) -> HostTensor:
         if binding.rule in ("region", "offsets"):
             assert binding.tensors is not None
             assert binding.row_bytes is not None
-            names = tuple(_for_layer(name, layer) for name in binding.tensors)
-            region, table = self._region(names, binding.row_bytes, where)
+            region, table = self._region(tuple(for_layer(name, layer) for name in binding.tensors), binding.row_bytes)
             if binding.rule == "offsets":
                 return HostTensor(table, "int64")
             storage = np.dtype(STORAGE_DTYPES[dtype])
             return HostTensor(region.view(storage).reshape(-1, binding.row_bytes // storage.itemsize), dtype)
         if binding.tensor is None:
             raise mismatch(f"bundle: {where}", expected="a binding with a tensor or a known rule", found=binding.rule)
-        tensor = self.tensor(_for_layer(binding.tensor, layer))
+        tensor = self.tensor(for_layer(binding.tensor, layer))
         if tensor.dtype != dtype:
             raise mismatch(f"bundle: {where}", expected=dtype, found=tensor.dtype)
         if binding.rule == "slice":
@@ -88,69 +85,30 @@ class MappedCheckpoint:
             return HostTensor(np.ascontiguousarray(tensor.array[tuple(rows)]), dtype)
         return tensor
 
-    def _single(self, name: str, where: str) -> TensorGroup:
-        groups = self._groups.get(name, [])
-        if len(groups) != 1 or groups[0].offset is None:
-            raise mismatch(f"bundle: {where}", expected="one tensor of this name in the manifest", found=len(groups))
-        return groups[0]
-
-    def _region(self, names: tuple[str, ...], row_bytes: int, where: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
-        """The bytes of the experts as rows, and the first row of each tensor [experts, names]; see bundle-format.md."""
-        key = (names, row_bytes)
-        if key not in self._regions:
-            missing = [name for name in names if name not in self._groups]
-            if missing:
-                raise mismatch(f"bundle: {where}", expected=f"tensors {missing[0]}", found="none in the manifest")
-            experts = 1 + max(expert for name in names for expert, _, _ in self._places(name))
-            table = np.full((experts, len(names)), _NOT_HELD, np.int64)
-            self._regions[key] = self._mapped_region(names, table, row_bytes) or self._copied_region(
-                names, table, row_bytes
+    def _region(self, names: tuple[str, ...], row_bytes: int) -> tuple[Bytes, Table]:
+        """The bytes of a layer's experts as rows, and where each tensor starts: mapped, or else copied."""
+        if names not in self._regions:
+            region = self._table.region(names, row_bytes=row_bytes)
+            self._regions[names] = (
+                self._copied_region(names, row_bytes)
+                if region is None
+                else (self._shards[region.shard][region.start : region.stop], region.table)
             )
-        return self._regions[key]
+        return self._regions[names]
 
-    def _places(self, name: str) -> Iterator[tuple[int, TensorGroup, int]]:
-        for group in self._groups[name]:
-            for expert, offset in group.numbered_offsets():
-                yield expert, group, offset
-
-    def _mapped_region(
-        self, names: tuple[str, ...], table: npt.NDArray[np.int64], row_bytes: int
-    ) -> tuple[Bytes, npt.NDArray[np.int64]] | None:
-        groups = [group for name in names for group in self._groups[name]]
-        if len({group.shard for group in groups}) != 1:
-            return None
-        for column, name in enumerate(names):
-            for expert, _, offset in self._places(name):
-                table[expert, column] = offset
-        shard = self._shards[groups[0].shard]
-        start = int(min(min(group.offsets or ()) for group in groups))
-        end = max(max(group.offsets or ()) + group.length for group in groups)
-        end += -(end - start) % row_bytes
-        if (table < 0).any() or (table % row_bytes).any() or end > shard.size:
-            return None
-        return shard[start:end], (table - start) // row_bytes
-
-    def _copied_region(
-        self, names: tuple[str, ...], table: npt.NDArray[np.int64], row_bytes: int
-    ) -> tuple[Bytes, npt.NDArray[np.int64]]:
-        table.fill(_NOT_HELD)
-        total = sum(
-            -(-group.length // row_bytes) * row_bytes * len(group.offsets or ())
-            for name in names
-            for group in self._groups[name]
-        )
-        buffer = np.zeros(total, np.uint8)
-        end = 0
-        for column, name in enumerate(names):
-            for expert, group, offset in self._places(name):
-                buffer[end : end + group.length] = self._shards[group.shard][offset : offset + group.length]
-                table[expert, column] = end // row_bytes
-                end += -(-group.length // row_bytes) * row_bytes
+    def _copied_region(self, names: tuple[str, ...], row_bytes: int) -> tuple[Bytes, Table]:
+        columns = [list(self._table.experts(name)) for name in names]
+        rows = sum(-(-tensor.length // row_bytes) for column in columns for _, tensor in column)
+        experts = 1 + max(expert for column in columns for expert, _ in column)
+        buffer = np.zeros(rows * row_bytes, np.uint8)
+        table = np.full((experts, len(names)), NOT_HELD, np.int64)
+        row = 0
+        for index, column in enumerate(columns):
+            for expert, tensor in column:
+                buffer[row * row_bytes : row * row_bytes + tensor.length] = self._bytes(tensor)
+                table[expert, index] = row
+                row += -(-tensor.length // row_bytes)
         return buffer, table
-
-
-def _for_layer(name: str, layer: int | None) -> str:
-    return name if layer is None else name.replace("{layer}", str(layer))
 
 
 def _mapped_shard(folder: Path, shard: ShardEntry) -> Bytes:
