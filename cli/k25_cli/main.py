@@ -22,6 +22,7 @@ VERBS: Mapping[str, str] = {
     "inspect": "What a checkpoint holds, its size, what is wrong with it.",
     "demo-checkpoint": "Write a small checkpoint in Kimi K2.5's official layout.",
     "export": "ONNX components and manifest from a checkpoint.",
+    "bind": "One layer as a standalone ONNX file over the original shards.",
     "validate": "Compare a bundle with a reference; write the parity report.",
     "build": "export + compile + validate.",
     "run": "Generate text from a bundle.",
@@ -30,7 +31,6 @@ VERBS: Mapping[str, str] = {
 
 #: Verbs that are specified (docs/architecture.md) but not built yet.
 PLANNED: Mapping[str, str] = {
-    "bind": "One layer as a standalone ONNX file over the original shards.",
     "compile": "TensorRT engines, without a GPU.",
     "bisect": "The first diverging layer, then op.",
     "bench": "Speed, against the memory bandwidth of the machine.",

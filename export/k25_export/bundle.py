@@ -28,6 +28,7 @@ from k25_export.manifest import (
     checkpoint_location_json,
     is_bundle,
     manifest_to_json,
+    read_bundle_file,
     read_manifest,
 )
 from k25_export.staging import staged_folder
@@ -138,12 +139,14 @@ def _reusable(output: Path, inputs_sha256: str) -> Manifest | None:
         return None
     if manifest.inputs_sha256 != inputs_sha256:
         return None
-    hashes = {entry.path: entry.sha256 for component in manifest.components for entry in component.files}
-    hashes |= {entry.path: entry.sha256 for entry in manifest.tokenizer}
-    for name, sha256 in hashes.items():
-        path = output / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            return None
+    try:
+        for component in manifest.components:
+            for file in component.files:
+                read_bundle_file(output, file)
+        for entry in manifest.tokenizer:
+            read_bundle_file(output, entry)
+    except InputError:
+        return None
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,6 +211,23 @@ def read_manifest(bundle: Path) -> Manifest:
             "`k25-export export CHECKPOINT --output BUNDLE` writes a bundle."
         ) from error
     return manifest_from_json(text, where=str(path))
+
+
+def read_bundle_file(bundle: Path, entry: FileEntry | ComponentFile) -> bytes:
+    """The bytes of a file of the bundle; `InputError` where it is missing or not the one that was exported."""
+    try:
+        data = (bundle / entry.path).read_bytes()
+    except OSError as error:
+        raise InputError(f"bundle {bundle}: cannot read {entry.path}: {error.strerror}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
+        raise mismatch(
+            f"bundle {bundle}: {entry.path}: SHA-256",
+            expected=entry.sha256,
+            found=digest,
+            hint="The file has changed since the export: export the checkpoint again.",
+        )
+    return data
 
 
 def is_bundle(folder: Path) -> bool:

@@ -5,7 +5,6 @@ Legend: T tokens, R rows, H hidden, V vocabulary, K experts a token.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from k25_export.manifest import ComponentEntry, Manifest, Precision
-from k25_plugins.errors import InputError, mismatch
+from k25_export.manifest import Manifest, Precision, read_bundle_file
 from k25_runtime.backend import Backend, Instance
 from k25_runtime.batch import Batch
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor, host_tensor_from_float32
@@ -53,7 +51,9 @@ class ModelRunner:
         self._ends: dict[str, Instance] = {}
         self._layers: dict[int, tuple[str, Instance]] = {}
         for component in manifest.components:
-            loaded = backend.load(_component_bytes(bundle, component, precision), label=f"component {component.name}")
+            loaded = backend.load(
+                read_bundle_file(bundle, component.file(precision)), label=f"component {component.name}"
+            )
             if component.layers is None:
                 self._ends[component.name] = loaded.bind(checkpoint.weights(component, None, precision))
             else:
@@ -135,20 +135,3 @@ class ModelRunner:
             {name: buffer(tensor) for name, tensor in inputs.items()} | dict(fixed_inputs or {}),
             {name: buffer(tensor) for name, tensor in outputs.items()} | dict(fixed_outputs or {}),
         )
-
-
-def _component_bytes(bundle: Path, component: ComponentEntry, precision: Precision) -> bytes:
-    entry = component.file(precision)
-    try:
-        data = (bundle / entry.path).read_bytes()
-    except OSError as error:
-        raise InputError(f"bundle {bundle}: cannot read {entry.path}: {error.strerror}") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != entry.sha256:
-        raise mismatch(
-            f"bundle {bundle}: {entry.path}: SHA-256",
-            expected=entry.sha256,
-            found=digest,
-            hint="The file has changed since the export: export the checkpoint again.",
-        )
-    return data
