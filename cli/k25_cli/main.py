@@ -26,6 +26,8 @@ VERBS: Mapping[str, str] = {
     "validate": "Compare a bundle with a reference; write the parity report.",
     "build": "export + compile + validate.",
     "run": "Generate text from a bundle.",
+    "verify": "Hashes of everything that a bundle refers to.",
+    "plan": "Memory and hardware that a checkpoint takes.",
     "completion": "Print the completion script of a shell.",
 }
 
@@ -34,8 +36,6 @@ PLANNED: Mapping[str, str] = {
     "compile": "TensorRT engines, without a GPU.",
     "bisect": "The first diverging layer, then op.",
     "bench": "Speed, against the memory bandwidth of the machine.",
-    "plan": "Memory and hardware that a checkpoint takes.",
-    "verify": "Hashes of everything that a bundle refers to.",
 }
 
 

@@ -42,6 +42,15 @@ def export_bundle(
     return bundle_from_checkpoint(intake, output, progress=progress)
 
 
+def record_bundle_hashes(bundle: Path, *, checkpoint: str | None, progress: Progress) -> int:
+    """Write `hashes.json`; returns how many tensors it holds."""
+    from k25_export.manifest import read_manifest
+    from k25_export.verification import record_hashes
+    from k25_runtime.mapped_checkpoint import checkpoint_folder
+
+    return record_hashes(bundle, read_manifest(bundle), checkpoint_folder(bundle, checkpoint), progress=progress)
+
+
 def reference_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--reference`."""
     return click.option(

@@ -122,8 +122,8 @@ class BoundModelWriter:
             raise InputError(
                 f"output {self._output}: expected the folder of the shards or a parent of it ({real.parent}): tools "
                 "refuse external data outside the model's folder. With --link, hard links are made there instead; "
-                "ONNX Runtime and TensorRT take them, while onnx.load, onnx.checker, onnx_ir and polygraphy refuse files "
-                "with several links (the shards in their own folder too, as long as the links exist)."
+                "ONNX Runtime and TensorRT take them, while onnx.load, onnx.checker, onnx_ir and polygraphy refuse "
+                "files with several links (the shards in their own folder too, as long as the links exist)."
             )
         return real.relative_to(self._output).as_posix()
 

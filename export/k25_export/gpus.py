@@ -24,7 +24,7 @@ _UNITS: Mapping[str, int] = MappingProxyType(
     | {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
     | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 )
-_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?) ?([A-Za-z]+)")
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?) ?([A-Za-z]+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,8 @@ class MappedCheckpoint:
 
     def __init__(self, manifest: Manifest, folder: Path) -> None:
         self.folder = folder
-        self._shards = [_mapped_shard(folder, shard) for shard in manifest.shards]
+        self._paths = [_checked_shard(folder, shard) for shard in manifest.shards]
+        self._maps: dict[int, Bytes] = {}
         self._table = TensorTable(manifest)
         self._regions: dict[tuple[str, ...], tuple[Bytes, Table]] = {}
 
@@ -62,8 +63,19 @@ class MappedCheckpoint:
             data = data.copy()  # a kernel may assume natural alignment, which the format does not promise
         return HostTensor(data.view(storage).reshape(tensor.shape), dtype)
 
+    def unmap(self) -> None:
+        """Let go of maps and copied regions; memory is free once nothing bound to them is left."""
+        self._maps.clear()
+        self._regions.clear()
+
+    def _map(self, shard: int) -> Bytes:
+        if shard not in self._maps:
+            mapped: Any = np.memmap(self._paths[shard], np.uint8, "r")
+            self._maps[shard] = mapped.view(np.ndarray)
+        return self._maps[shard]
+
     def _bytes(self, tensor: Tensor) -> Bytes:
-        return self._shards[tensor.shard][tensor.offset : tensor.offset + tensor.length]
+        return self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.length]
 
     def _bound(self, binding: Binding, layer: int | None, dtype: str, where: str) -> HostTensor:
         if binding.rule in ("region", "offsets"):
@@ -92,7 +104,7 @@ class MappedCheckpoint:
             self._regions[names] = (
                 self._copied_region(names, row_bytes)
                 if region is None
-                else (self._shards[region.shard][region.start : region.stop], region.table)
+                else (self._map(region.shard)[region.start : region.stop], region.table)
             )
         return self._regions[names]
 
@@ -111,8 +123,8 @@ class MappedCheckpoint:
         return buffer, table
 
 
-def _mapped_shard(folder: Path, shard: ShardEntry) -> Bytes:
-    """Map a shard after checking its size and header; `InputError` where it is not the one that was exported."""
+def _checked_shard(folder: Path, shard: ShardEntry) -> Path:
+    """The real path of a shard; `InputError` where size or header are not those that were exported."""
     path = file_in_checkpoint(folder, shard.file)
     hint = "The checkpoint has changed since the export: export it again, or restore the file."
     try:
@@ -123,7 +135,6 @@ def _mapped_shard(folder: Path, shard: ShardEntry) -> Bytes:
             digest = hashlib.sha256(file.read(shard.data_start)).hexdigest()
         if digest != shard.header_sha256:
             raise mismatch(f"shard {shard.file}: header hash", expected=shard.header_sha256, found=digest, hint=hint)
-        mapped: Any = np.memmap(path, np.uint8, "r")
     except OSError as error:
         raise InputError(f"shard {shard.file}: cannot be read: {error.strerror}") from error
-    return mapped.view(np.ndarray)  # type: ignore[no-any-return]
+    return path

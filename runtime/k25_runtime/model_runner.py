@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from k25_export.manifest import Manifest, Precision, read_bundle_file
-from k25_runtime.backend import Backend, Instance
+from k25_export.manifest import ComponentEntry, Manifest, Precision, read_bundle_file
+from k25_plugins.errors import mismatch
+from k25_runtime.backend import Backend, Component, Instance
 from k25_runtime.batch import Batch
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor, host_tensor_from_float32
 from k25_runtime.mapped_checkpoint import MappedCheckpoint
@@ -31,6 +32,15 @@ class LayerOutput:
     expert_weights: Float32 | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer's component with its weights bound, and its latent cache."""
+
+    component: str
+    instance: Instance
+    cache: Any
+
+
 class ModelRunner:
     """Loads each component once and binds it for every layer. Caches are zero-filled and updated in place."""
 
@@ -44,33 +54,53 @@ class ModelRunner:
         precision: Precision,
         blocks: int,
         block_size: int,
+        bind_layers: bool = True,
     ) -> None:
+        """With `bind_layers` false a layer is bound when it is first run; `release_layers` lets go of it again."""
         self.text = manifest.model.text
         self.activation = "float32" if precision == "fp32" else "bfloat16"
         self._backend = backend
-        self._ends: dict[str, Instance] = {}
-        self._layers: dict[int, tuple[str, Instance]] = {}
-        for component in manifest.components:
-            loaded = backend.load(
-                read_bundle_file(bundle, component.file(precision)), label=f"component {component.name}"
-            )
-            if component.layers is None:
-                self._ends[component.name] = loaded.bind(checkpoint.weights(component, None, precision))
-            else:
-                for layer in component.layers:
-                    weights = checkpoint.weights(component, layer, precision)
-                    self._layers[layer] = (component.name, loaded.bind(weights))
-        cache_shape = (blocks, block_size, self.text.cache_dim)
-        storage = STORAGE_DTYPES[self.activation]
-        self._cache_tensors = [
-            HostTensor(np.zeros(cache_shape, storage), self.activation) for _ in range(self.text.num_hidden_layers)
-        ]
-        self._caches = [backend.buffer(tensor) for tensor in self._cache_tensors]
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._cache_shape = (blocks, block_size, self.text.cache_dim)
+        self._loaded: dict[str, tuple[ComponentEntry, Component]] = {}
+        self._component_of: dict[int, str] = {}
+        for entry in manifest.components:
+            data = read_bundle_file(bundle, entry.file(precision))
+            self._loaded[entry.name] = (entry, backend.load(data, label=f"component {entry.name}"))
+            self._component_of |= dict.fromkeys(entry.layers or (), entry.name)
+        self._ends = {name: self._bound(name, None) for name in ("embed", "head")}
+        self._layers: dict[int, _Layer] = {}
         self._share = backend.buffer(HostTensor(np.ones(1, np.float32), "float32"))
+        if bind_layers:
+            for layer in range(self.text.num_hidden_layers):
+                self._layer(layer)
 
     def component_of(self, layer: int) -> str:
         """The name of the component that layer `layer` is an instance of."""
-        return self._layers[layer][0]
+        return self._component_of[layer]
+
+    def release_layers(self) -> None:
+        """Let go of all layers that are bound, of their caches and of the maps behind them."""
+        self._layers.clear()
+        self._checkpoint.unmap()
+
+    def _bound(self, name: str, layer: int | None) -> Instance:
+        if name not in self._loaded:
+            raise mismatch("bundle", expected=f"a component {name}", found=", ".join(self._loaded))
+        entry, component = self._loaded[name]
+        return component.bind(self._checkpoint.weights(entry, layer, self._precision))
+
+    def _layer(self, layer: int) -> _Layer:
+        if layer not in self._layers:
+            if layer not in self._component_of:
+                raise mismatch("bundle", expected=f"a component for layer {layer}", found="none")
+            name = self._component_of[layer]
+            cache = HostTensor(np.zeros(self._cache_shape, STORAGE_DTYPES[self.activation]), self.activation)
+            self._layers[layer] = _Layer(
+                component=name, instance=self._bound(name, layer), cache=self._backend.buffer(cache)
+            )
+        return self._layers[layer]
 
     def run(self, batch: Batch, rows: npt.NDArray[np.int32]) -> Float32:
         """Logits float32 [R, V] of the rows asked for; all tokens are appended to the cache."""
@@ -89,24 +119,25 @@ class ModelRunner:
 
     def run_layer(self, layer: int, hidden: HostTensor, batch: Batch) -> LayerOutput:
         """One decoder layer on `hidden` [T, H]; appends to the layer's cache."""
-        name, instance = self._layers[layer]
+        bound = self._layer(layer)
         out = self._empty(hidden.array.shape, self.activation)
-        inputs: dict[str, Any] = {
+        inputs: dict[str, HostTensor] = {
             "hidden": hidden,
             "positions": HostTensor(batch.positions, "int32"),
             "query_start": HostTensor(batch.query_start, "int32"),
             "block_table": HostTensor(batch.block_table, "int32"),
         }
-        fixed = {"cache": self._caches[layer]}
-        if name != "moe_layer":
-            self._run(instance, inputs, {"hidden_out": out}, fixed, {"cache_out": self._caches[layer]})
+        outputs, fixed = {"hidden_out": out}, {"cache": bound.cache}
+        if bound.component == "moe_layer":
+            top_k = (batch.tokens, self.text.num_experts_per_tok)
+            outputs |= {"expert_ids": self._empty(top_k, "int32"), "expert_weights": self._empty(top_k, "float32")}
+            fixed["residual_share"] = self._share
+        self._run(bound.instance, inputs, outputs, fixed, {"cache_out": bound.cache})
+        if bound.component != "moe_layer":
             return LayerOutput(hidden=out)
-        top_k = (batch.tokens, self.text.num_experts_per_tok)
-        expert_ids, expert_weights = self._empty(top_k, "int32"), self._empty(top_k, "float32")
-        outputs = {"hidden_out": out, "expert_ids": expert_ids, "expert_weights": expert_weights}
-        fixed["residual_share"] = self._share
-        self._run(instance, inputs, outputs, fixed, {"cache_out": self._caches[layer]})
-        return LayerOutput(hidden=out, expert_ids=expert_ids.array, expert_weights=expert_weights.array)
+        return LayerOutput(
+            hidden=out, expert_ids=outputs["expert_ids"].array, expert_weights=outputs["expert_weights"].array
+        )
 
     def head(self, hidden: HostTensor, rows: npt.NDArray[np.int32]) -> Float32:
         """Logits float32 [R, V] of these rows of `hidden` [T, H]."""

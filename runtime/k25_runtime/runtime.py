@@ -67,14 +67,15 @@ class Runtime:
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         threads: int = 0,
         backend: Backend | None = None,
+        bind_layers: bool = True,
     ) -> Self:
         """Open a bundle and map its checkpoint.
 
         `context` is the number of tokens that a sequence may hold (default: the model's, at most 8192);
         the latent cache has room for `max_sequences` of them, and its memory is touched only as it is used.
         `mode` says whether native ops may use bf16 dot products (`fast`); the function bodies always compute in
-        float32. Raises `InputError` where bundle or checkpoint do not fit, `BackendMissingError` for a precision
-        that the CPU backend has no kernels for.
+        float32. With `bind_layers` false a layer's weights are bound when it is first run. Raises `InputError` where
+        bundle or checkpoint do not fit, `BackendMissingError` for a precision that the CPU backend has no kernels for.
         """
         if mode not in ("fast", "exact"):
             raise InputError(f"mode: expected 'fast' or 'exact', found {mode!r}")
@@ -99,6 +100,7 @@ class Runtime:
             precision=precision,
             blocks=blocks,
             block_size=block_size,
+            bind_layers=bind_layers,
         )
         allocator = BlockAllocator(blocks=blocks, block_size=block_size)
         return cls(files=files, runner=runner, allocator=allocator, context=context, max_batch_tokens=max_batch_tokens)

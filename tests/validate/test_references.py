@@ -157,7 +157,7 @@ def test_float32_is_within_rounding_of_float64(checkpoint: Path, trace: Referenc
 
 def test_the_rotary_frequencies_are_those_of_the_release(tmp_path: Path) -> None:
     write_demo_checkpoint(tmp_path / "wide", preset="tiny", overrides={"qk_rope_head_dim": 64})
-    found = PlainReference(tmp_path / "wide", dtype=torch.float64)._inverse_frequencies_P
+    found = PlainReference(tmp_path / "wide", dtype=torch.float64)._model._inverse_frequencies_P
     assert len(found) == 32
     # Recomputed in double precision from the official rope_scaling; index 8 is the last one left alone.
     known = {0: 1.0, 1: 0.713111085, 8: 6.68740305e-2, 9: 4.37766560e-2, 16: 1.53729673e-3, 20: 1.80702339e-5}

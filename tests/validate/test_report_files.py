@@ -77,7 +77,7 @@ def test_lower_bounds_reject_nan() -> None:
 class _Page(HTMLParser):
     """Collects tags with their attributes, and checks that they nest."""
 
-    VOID = frozenset({"meta", "line", "circle", "polyline"})
+    VOID = frozenset({"meta", "line", "polyline"})
 
     def __init__(self) -> None:
         super().__init__()

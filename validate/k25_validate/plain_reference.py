@@ -1,76 +1,18 @@
-"""The Kimi K2.5 text model in plain PyTorch, written from its formulas.
-
-This judges the exporter, so it shares no code with it: it reads `config.json`, the index and the shards itself, and
-computes attention in the expanded form (keys and values of each head), where the exported graph uses the absorbed one.
-It prefers few ideas to speed: one weight in memory at a time, one head at a time, one expert at a time.
-
-Formulas: multi-head latent attention and the router of DeepSeek-V3 (arXiv 2412.19437, sections 2.1.1 and 2.1.2), YaRN
-(arXiv 2309.00071, sections 3.2 and 3.4), RMSNorm (arXiv 1910.07467), compressed-tensors `pack-quantized` INT4.
-
-Legend: T tokens, H hidden, N heads, D head width, R latent rank, P rotated channels, E experts, k experts per token,
-V vocabulary, O rows and G quantisation groups of an expert's matrix.
-"""
+"""The default judge: our own plain PyTorch model of the formulas, at once (`trace`) or layer by layer (`walk`)."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
 
-from k25_validate.reference import ReferenceTrace
+from k25_validate.plain_model import PlainModel, Route
+from k25_validate.reference import LayerTrace, ReferenceTrace
 
 Progress = Callable[[str, int, int], None]
-
-_MODEL_PREFIX = "language_model.model."
-_HEAD_ROWS = 8192  # rows of lm_head that are upcast at a time
-# What these formulas take for granted; another value would be another model.
-_ASSUMED: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_layer_freq": 1,
-    "attention_bias": False,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Yarn:
-    """The rotary scaling of the official `text_config`."""
-
-    factor: float
-    original_max_position_embeddings: int
-    mscale_all_dim: float
-    mscale: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    """The keys of the official `text_config` that the shapes of the weights do not tell."""
-
-    num_hidden_layers: int
-    num_attention_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    kv_lora_rank: int
-    num_experts_per_tok: int
-    routed_scaling_factor: float
-    rms_norm_eps: float
-    rope_theta: float
-    yarn: _Yarn
-    first_k_dense_replace: int = 0
-    norm_topk_prob: bool = True
 
 
 class PlainReference:
@@ -78,7 +20,8 @@ class PlainReference:
 
     `dtype` is the precision of every step: float32, or float64 for a ground truth that shows how much of a difference
     is rounding. `latent_norm_eps` is the epsilon of `q_a_layernorm` and `kv_a_layernorm`, which no official file
-    states. `progress` is called with what is counted, how many are done and how many there are.
+    states. `progress` is called with what is counted, how many are done and how many there are; `on_route` with a
+    layer and the experts its tokens go to, before these are read (so that somebody may read ahead).
 
     Raises `ValueError` for a configuration or a tensor that the formulas do not cover, `OSError` for a file that
     cannot be read.
@@ -93,229 +36,77 @@ class PlainReference:
         dtype: torch.dtype = torch.float32,
         latent_norm_eps: float = 1e-6,
         progress: Progress | None = None,
+        on_route: Callable[[int, npt.NDArray[np.int64]], None] | None = None,
     ) -> None:
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
-        self._config = _read_config(checkpoint / "config.json")
-        self._tensors = _CheckpointTensors(checkpoint)
-        self._dtype = dtype
-        self._latent_norm_eps = latent_norm_eps
+        self._model = PlainModel(checkpoint, dtype=dtype, latent_norm_eps=latent_norm_eps, on_route=on_route)
         self._progress = progress
-        self._inverse_frequencies_P = torch.tensor(_yarn_inverse_frequencies(self._config), dtype=dtype)
 
     @torch.inference_mode()
     def trace(self, token_ids: Sequence[int], *, first_position: int = 0) -> ReferenceTrace:
         """Run one sequence, causally and from scratch; its first token stands at `first_position`.
 
-        Raises `ValueError` for an empty sequence, an id outside the vocabulary or a negative position.
+        The precision of `dtype` is kept between layers. Raises `ValueError` for an empty sequence, an id outside the
+        vocabulary or a negative position.
         """
-        ids_T = torch.tensor(token_ids, dtype=torch.int64)
-        x_TH = self._embed(ids_T)
-        rotation = self._rotation(len(ids_T), first_position)
-        hidden, expert_ids, expert_weights, router_scores = [x_TH], {}, {}, {}
-        layers = self._config.num_hidden_layers
-        for layer in range(layers):
-            prefix = f"{_MODEL_PREFIX}layers.{layer}."
-            x_TH = x_TH + self._attention(self._norm(x_TH, prefix + "input_layernorm"), prefix + "self_attn.", rotation)
-            y_TH = self._norm(x_TH, prefix + "post_attention_layernorm")
-            if layer < self._config.first_k_dense_replace:
-                x_TH = x_TH + self._mlp(y_TH, prefix + "mlp.")
-            else:
-                ids_Tk, weights_Tk, scores_TE = self._route(y_TH, prefix + "mlp.gate.")
-                routed_TH = self._experts(y_TH, ids_Tk, weights_Tk, prefix + "mlp.experts.")
-                x_TH = x_TH + (routed_TH + self._mlp(y_TH, prefix + "mlp.shared_experts."))
-                expert_ids[layer], expert_weights[layer] = ids_Tk.numpy(), weights_Tk.float().numpy()
-                router_scores[layer] = scores_TE.float().numpy()
-            hidden.append(x_TH)
-            self._tensors.unmap()
+        model = self._model
+        x_TH = model.embed(torch.tensor(token_ids, dtype=torch.int64))
+        rotation = model.rotation(len(x_TH), first_position)
+        states: list[torch.Tensor] = [x_TH]
+        routes: dict[int, Route] = {}
+        for layer in range(model.layers):
+            x_TH, route = model.layer(layer, x_TH, rotation)
+            states.append(x_TH)
+            if route is not None:
+                routes[layer] = route
             if self._progress is not None:
-                self._progress("layers of the plain reference", layer + 1, layers)
-        logits_TV = self._logits(self._norm(x_TH, _MODEL_PREFIX + "norm"))
-        self._tensors.unmap()
+                self._progress("layers of the plain reference", layer + 1, model.layers)
         return ReferenceTrace(
-            token_ids=ids_T.numpy(),
-            hidden=tuple(state_TH.float().numpy() for state_TH in hidden),
-            expert_ids=expert_ids,
-            expert_weights=expert_weights,
-            router_scores=router_scores,
-            logits=logits_TV.float().numpy(),
+            token_ids=np.asarray(token_ids, np.int64),
+            hidden=tuple(_float32(state_TH) for state_TH in states),
+            expert_ids={layer: ids.numpy() for layer, (ids, _, _) in routes.items()},
+            expert_weights={layer: _float32(weights) for layer, (_, weights, _) in routes.items()},
+            router_scores={layer: _float32(scores) for layer, (_, _, scores) in routes.items()},
+            logits=_float32(model.logits(x_TH)),
         )
 
-    def _embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        table_VH = self._tensors.stored(_MODEL_PREFIX + "embed_tokens.weight")
-        if ids_T.numel() == 0:
-            raise ValueError("token_ids: expected at least one token, found none")
-        lowest, highest = int(ids_T.min()), int(ids_T.max())
-        if lowest < 0 or highest >= len(table_VH):
-            raise ValueError(f"token_ids: expected ids in 0..{len(table_VH) - 1}, found {lowest}..{highest}")
-        return table_VH[ids_T].to(self._dtype)
+    def walk(self, token_ids: Sequence[int]) -> PlainWalk:
+        """One sequence from position 0, layer by layer."""
+        return PlainWalk(self._model, token_ids)
 
-    def _rotation(self, tokens: int, first_position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, P/2] of each position's angles, with YaRN's multiplier (1 where both mscales are equal)."""
-        if first_position < 0:
-            raise ValueError(f"first_position: expected 0 or more, found {first_position}")
-        positions_T = torch.arange(first_position, first_position + tokens).to(self._dtype)
-        angles = positions_T[:, None] * self._inverse_frequencies_P
-        yarn = self._config.yarn
-        multiplier = _attention_scaling(yarn, yarn.mscale) / _attention_scaling(yarn, yarn.mscale_all_dim)
-        return angles.cos() * multiplier, angles.sin() * multiplier
 
-    def _attention(self, x_TH: torch.Tensor, prefix: str, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Causal MLA in the expanded form, [T, H] to [T, H]."""
-        config, tokens = self._config, len(x_TH)
-        nope, heads, rank = config.qk_nope_head_dim, config.num_attention_heads, config.kv_lora_rank
-        low_rank_q = self._linear(x_TH, prefix + "q_a_proj")
-        low_rank_q = self._norm(low_rank_q, prefix + "q_a_layernorm", eps=self._latent_norm_eps)
-        q_TND = self._linear(low_rank_q, prefix + "q_b_proj").view(tokens, heads, -1)
-        compressed = self._linear(x_TH, prefix + "kv_a_proj_with_mqa")
-        latent_TR = self._norm(compressed[:, :rank], prefix + "kv_a_layernorm", eps=self._latent_norm_eps)
-        key_TP = _rotate(compressed[:, rank:], *rotation)
-        scale = _attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
-        future_TT = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        up_NDR = self._weight(prefix + "kv_b_proj.weight").view(heads, -1, rank)
-        out_TND = torch.empty(tokens, heads, config.v_head_dim, dtype=self._dtype)
-        for head in range(heads):
-            keys_TD = torch.cat([latent_TR @ up_NDR[head, :nope].T, key_TP], dim=-1)
-            values_TD = latent_TR @ up_NDR[head, nope:].T
-            query_TD = torch.cat([q_TND[:, head, :nope], _rotate(q_TND[:, head, nope:], *rotation)], dim=-1)
-            scores_TT = (query_TD @ keys_TD.T * scale).masked_fill_(future_TT, -math.inf)
-            out_TND[:, head] = scores_TT.softmax(dim=-1) @ values_TD
-        return self._linear(out_TND.flatten(1), prefix + "o_proj")
+class PlainWalk:
+    """`ReferenceWalk` of the plain reference; what passes between layers is float32."""
 
-    def _route(self, x_TH: torch.Tensor, prefix: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids (best first) and weights [T, k] of the experts, and the scores [T, E] that the choice was made by.
+    def __init__(self, model: PlainModel, token_ids: Sequence[int]) -> None:
+        self._model = model
+        self._ids_T = torch.tensor(token_ids, dtype=torch.int64)
+        self._rotation = model.rotation(len(token_ids), 0)
 
-        The bias takes part in the choice only.
-        """
-        scores_TE = F.linear(x_TH, self._weight(prefix + "weight")).sigmoid()
-        biased_TE = scores_TE + self._weight(prefix + "e_score_correction_bias")
-        ids_Tk = biased_TE.topk(self._config.num_experts_per_tok, dim=-1).indices
-        weights_Tk = scores_TE.gather(1, ids_Tk)
-        if self._config.norm_topk_prob:
-            weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids_Tk, weights_Tk * self._config.routed_scaling_factor, biased_TE
+    @torch.inference_mode()
+    def embed(self) -> npt.NDArray[np.float32]:
+        """The embedding, float32 [T, H]."""
+        return _float32(self._model.embed(self._ids_T))
 
-    def _experts(self, x_TH: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, prefix: str) -> torch.Tensor:
-        """The weighted sum of the chosen experts, [T, H]; only experts that are hit are read."""
-        y_TH = torch.zeros_like(x_TH)
-        for expert in sorted(set(ids_Tk.flatten().tolist())):
-            tokens, slots = torch.where(ids_Tk == expert)
-            out = self._swiglu(x_TH[tokens], f"{prefix}{expert}.", self._expert_weight)
-            y_TH.index_add_(0, tokens, out * weights_Tk[tokens, slots, None])
-        return y_TH
-
-    def _mlp(self, x_TH: torch.Tensor, prefix: str) -> torch.Tensor:
-        return self._swiglu(x_TH, prefix, lambda name: self._weight(name + ".weight"))
-
-    @staticmethod
-    def _swiglu(x_TH: torch.Tensor, prefix: str, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        gated = F.silu(F.linear(x_TH, weight(prefix + "gate_proj")))
-        return F.linear(gated * F.linear(x_TH, weight(prefix + "up_proj")), weight(prefix + "down_proj"))
-
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self._weight(name + ".weight"))
-
-    def _norm(self, x: torch.Tensor, name: str, *, eps: float | None = None) -> torch.Tensor:
-        """RMSNorm over the last axis; `eps` defaults to the configuration's `rms_norm_eps`."""
-        eps = self._config.rms_norm_eps if eps is None else eps
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * self._weight(name + ".weight")
-
-    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        head_VH = self._tensors.stored("language_model.lm_head.weight")
-        starts = range(0, len(head_VH), _HEAD_ROWS)
-        return torch.cat(
-            [F.linear(x_TH, head_VH[start : start + _HEAD_ROWS].to(self._dtype)) for start in starts], dim=-1
+    @torch.inference_mode()
+    def layer(self, layer: int, hidden: npt.NDArray[np.float32]) -> LayerTrace:
+        """Layer `layer` on its input float32 [T, H]."""
+        x_TH, route = self._model.layer(layer, torch.from_numpy(hidden).to(self._model.dtype), self._rotation)
+        if route is None:
+            return LayerTrace(hidden=_float32(x_TH))
+        ids_Tk, weights_Tk, scores_TE = route
+        return LayerTrace(
+            hidden=_float32(x_TH),
+            expert_ids=ids_Tk.numpy(),
+            expert_weights=_float32(weights_Tk),
+            router_scores=_float32(scores_TE),
         )
 
-    def _weight(self, name: str) -> torch.Tensor:
-        return self._tensors.stored(name).to(self._dtype)
-
-    def _expert_weight(self, name: str) -> torch.Tensor:
-        """One projection of an expert, dequantised: `(nibble - 8) * scale`, exact in float32. [out, in]."""
-        packed, scale_OG = self._tensors.stored(name + ".weight_packed"), self._tensors.stored(name + ".weight_scale")
-        nibbles = packed[:, :, None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15
-        rows, columns = packed.shape[0], packed.shape[1] * 8
-        stated = self._tensors.stored(name + ".weight_shape").tolist()
-        if stated != [rows, columns] or len(scale_OG) != rows or columns % scale_OG.shape[1]:
-            raise ValueError(
-                f"{name}: expected packed codes, scales and weight_shape of one matrix, "
-                f"found {list(packed.shape)}, {list(scale_OG.shape)} and {stated}"
-            )
-        groups = (nibbles.view(rows, scale_OG.shape[1], -1) - 8).to(self._dtype)
-        return (groups * scale_OG.to(self._dtype)[:, :, None]).view(rows, columns)
+    @torch.inference_mode()
+    def logits(self, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits float32 [T, V] of the last layer's output."""
+        return _float32(self._model.logits(torch.from_numpy(hidden).to(self._model.dtype)))
 
 
-class _CheckpointTensors:
-    """Tensors by name, as stored and memory-mapped; shards are opened when first needed."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        index = json.loads((checkpoint / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        self._folder = checkpoint
-        self._shard_of: Mapping[str, str] = index["weight_map"]
-        self._shards: dict[str, Any] = {}
-
-    def stored(self, name: str) -> torch.Tensor:
-        """The tensor in its own dtype; its pages are read when it is used. Raises `ValueError` if it is missing."""
-        shard = self._shard_of.get(name)
-        if shard is None:
-            raise ValueError(f"{name}: expected in the weight_map of model.safetensors.index.json, found nothing")
-        if Path(shard).name != shard:
-            raise ValueError(f"{name}: expected a plain file name as its shard, found {shard!r}")
-        if shard not in self._shards:
-            self._shards[shard] = safe_open(self._folder / shard, framework="pt")
-        tensor: torch.Tensor = self._shards[shard].get_tensor(name)
-        return tensor
-
-    def unmap(self) -> None:
-        """Let go of the shards that are open, so that their pages do not add up over the layers."""
-        self._shards.clear()
-
-
-def _read_config(path: Path) -> _Config:
-    text: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["text_config"]
-    for key, wanted in _ASSUMED.items():
-        if text.get(key, wanted) != wanted:
-            raise ValueError(f"config.json: text_config.{key}: expected {wanted!r}, found {text[key]!r}")
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}  # the second is transformers 5's spelling
-    kind = rope.get("type", rope.get("rope_type"))
-    if kind != "yarn":
-        raise ValueError(f"config.json: text_config.rope_scaling.type: expected 'yarn', found {kind!r}")
-    yarn = _Yarn(**_members(_Yarn, rope))
-    theta = text.get("rope_theta") or rope.get("rope_theta")
-    return _Config(**_members(_Config, {**text, "rope_theta": theta, "yarn": yarn}))
-
-
-def _members(kind: type[_Yarn] | type[_Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass's fields; `ValueError` names one that is neither given nor has a default."""
-    found = {field.name: values[field.name] for field in fields(kind) if values.get(field.name) is not None}
-    missing = [field.name for field in fields(kind) if field.name not in found and field.default is MISSING]
-    if missing:
-        raise ValueError(f"config.json: text_config: expected {', '.join(missing)}, found nothing")
-    return found
-
-
-def _yarn_inverse_frequencies(config: _Config) -> list[float]:
-    """Radians a position for each of the P/2 pairs: slow pairs are stretched by `factor`, fast ones left alone."""
-    width, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
-
-    def pair_with(turns: float) -> float:
-        """The (fractional) pair that makes this many turns over the original context."""
-        return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / 2 / math.log(base)
-
-    fast = max(math.floor(pair_with(yarn.beta_fast)), 0)
-    slow = min(math.ceil(pair_with(yarn.beta_slow)), width - 1)
-    frequencies = []
-    for pair in range(width // 2):
-        stretched = min(max((pair - fast) / max(slow - fast, 1e-3), 0.0), 1.0)
-        frequencies.append(base ** (-2 * pair / width) * ((1 - stretched) + stretched / yarn.factor))
-    return frequencies
-
-
-def _attention_scaling(yarn: _Yarn, mscale: float) -> float:
-    return 0.1 * mscale * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
-
-
-def _rotate(x_TP: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-    """Rotate the adjacent pairs (2i, 2i + 1) of [T, P] by the angles of [T, P/2]."""
-    even, odd = x_TP[:, 0::2], x_TP[:, 1::2]
-    return torch.stack([even * cos_TP - odd * sin_TP, even * sin_TP + odd * cos_TP], dim=-1).flatten(1)
+def _float32(x: torch.Tensor) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = x.float().numpy()
+    return values

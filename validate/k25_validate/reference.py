@@ -31,6 +31,32 @@ class ReferenceTrace:
     logits: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerTrace:
+    """What one layer of the reference computes: as in `ReferenceTrace`; the last three are None without a router."""
+
+    hidden: npt.NDArray[np.float32]
+    expert_ids: npt.NDArray[np.int64] | None = None
+    expert_weights: npt.NDArray[np.float32] | None = None
+    router_scores: npt.NDArray[np.float32] | None = None
+
+
+class ReferenceWalk(Protocol):
+    """One sequence, layer by layer: for a model that does not fit into memory, and for walks that are resumed."""
+
+    def embed(self) -> npt.NDArray[np.float32]:
+        """The embedding, float32 [T, H]."""
+        ...
+
+    def layer(self, layer: int, hidden: npt.NDArray[np.float32]) -> LayerTrace:
+        """Layer `layer` on its input float32 [T, H]: the reference's own output of the layer before."""
+        ...
+
+    def logits(self, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits float32 [T, V] of the last layer's output."""
+        ...
+
+
 class Reference(Protocol):
     """A text model that the exported one is judged against; `name` is `plain` or `transformers`."""
 
@@ -42,3 +68,32 @@ class Reference(Protocol):
     def trace(self, token_ids: Sequence[int], *, first_position: int = 0) -> ReferenceTrace:
         """Run one sequence whose first token stands at `first_position`, with nothing before it."""
         ...
+
+    def walk(self, token_ids: Sequence[int]) -> ReferenceWalk:
+        """The same, layer by layer."""
+        ...
+
+
+class TraceWalk:
+    """A walk over a trace that was made at once; the inputs of its layers are ignored."""
+
+    def __init__(self, trace: ReferenceTrace) -> None:
+        self._trace = trace
+
+    def embed(self) -> npt.NDArray[np.float32]:
+        """The embedding."""
+        return self._trace.hidden[0]
+
+    def layer(self, layer: int, hidden: npt.NDArray[np.float32]) -> LayerTrace:
+        """What the trace holds of the layer."""
+        trace = self._trace
+        return LayerTrace(
+            hidden=trace.hidden[layer + 1],
+            expert_ids=trace.expert_ids.get(layer),
+            expert_weights=trace.expert_weights.get(layer),
+            router_scores=trace.router_scores.get(layer),
+        )
+
+    def logits(self, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The trace's logits."""
+        return self._trace.logits

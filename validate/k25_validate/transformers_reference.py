@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from k25_plugins.errors import BackendMissingError, VerificationError
-from k25_validate.reference import ReferenceTrace
+from k25_validate.reference import ReferenceTrace, TraceWalk
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,6 +103,10 @@ class TransformersReference:
             router_scores={index: self._scores(index, logits) for index, (logits, _, _) in sorted(routes.items())},
             logits=logits.numpy(),
         )
+
+    def walk(self, token_ids: Sequence[int]) -> TraceWalk:
+        """The same layer by layer, out of one forward pass: transformers holds the whole model anyway."""
+        return TraceWalk(self.trace(token_ids))
 
     def _scores(self, layer: int, router_logits: torch.Tensor) -> npt.NDArray[np.float32]:
         bias = self._text.layers[layer].mlp.gate.e_score_correction_bias
