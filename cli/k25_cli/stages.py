@@ -15,7 +15,7 @@ from k25_plugins.errors import VerificationError
 
 if TYPE_CHECKING:
     from k25_export.manifest import Manifest
-    from k25_validate.validation import ReferenceName
+    from k25_validate.validation import ReferenceName, Stream
 
 
 def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,15 +51,23 @@ def record_bundle_hashes(bundle: Path, *, checkpoint: str | None, progress: Prog
     return record_hashes(bundle, read_manifest(bundle), checkpoint_folder(bundle, checkpoint), progress=progress)
 
 
-def reference_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--reference`."""
+def validation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--reference` and `--stream`."""
     return click.option(
         "--reference",
         type=click.Choice(["plain", "transformers"]),
         default="plain",
         show_default=True,
         help="The judge: our own plain PyTorch model, or transformers' native class.",
-    )(function)
+    )(
+        click.option(
+            "--stream",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            show_default=True,
+            help="Hold one layer's weights at a time; auto: where they exceed the memory.",
+        )(function)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +79,22 @@ class ValidationResult:
     exit_code: int
 
 
-def validate_bundle(bundle: Path, *, checkpoint: str | None, reference: str, progress: Progress) -> ValidationResult:
+def validate_bundle(
+    bundle: Path, *, checkpoint: str | None, reference: str, stream: str, progress: Progress
+) -> ValidationResult:
     """Compare the bundle with the reference and write the report."""
     require_extra("validate")
     from k25_validate.parity_report import report_to_dict
     from k25_validate.report_files import write_report
     from k25_validate.validation import parity_report_from_bundle
 
-    name = cast("ReferenceName", reference)
-    report = parity_report_from_bundle(bundle, checkpoint=checkpoint, reference=name, progress=progress)
+    report = parity_report_from_bundle(
+        bundle,
+        checkpoint=checkpoint,
+        reference=cast("ReferenceName", reference),
+        stream=cast("Stream", stream),
+        progress=progress,
+    )
     page = write_report(report, bundle)
     return ValidationResult(
         values={"report": str(page.resolve()), **report_to_dict(report)},

@@ -1,45 +1,38 @@
-"""`validate`: a bundle against a reference, as a parity report.
-
-Legend: P prompt tokens, N decoded tokens, V vocabulary.
-"""
+"""`validate`: a bundle against a reference, as a parity report."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
+from k25_export.manifest import REPORTS_FOLDER, Manifest
 from k25_plugins.errors import InputError
 from k25_plugins.version import __version__
 from k25_runtime.mapped_checkpoint import checkpoint_folder
 from k25_runtime.runtime import Runtime
-from k25_validate.agreement import top1_disagreements
-from k25_validate.layer_parity import ComponentParity, PromptParity, prompt_parity, relative_l2_of_rows
-from k25_validate.metrics import kl_divergence, relative_l2
-from k25_validate.parity_report import Check, ComponentRow, ParityReport, Section
+from k25_validate.parity_checks import component_rows, parity_checks
+from k25_validate.parity_report import ParityReport
+from k25_validate.parity_walk import ParityWalk
 from k25_validate.prompts import Prompt, built_in_prompts
-from k25_validate.reference import Reference, ReferenceTrace
-from k25_validate.tolerances import (
-    END_TO_END_L2,
-    FEW_TIES,
-    KL,
-    NO_DISAGREEMENT,
-    ROUTER_WEIGHTS,
-    TOP1_TIE,
-    Tolerance,
-    component_tolerance,
-)
+from k25_validate.read_ahead import ExpertReadAhead
+from k25_validate.reference import Reference
+from k25_validate.walk_files import STATE_NAME, read_state, write_state
 
 ReferenceName = Literal["plain", "transformers"]
+Stream = Literal["auto", "on", "off"]
 Progress = Callable[[str, int, int], None]
-Float32 = npt.NDArray[np.float32]
+
+CONTEXT = 512
+CHAINS_OF_A_PROMPT = 4
 
 NOT_CHECKED = (
     "bf16 components: ONNX Runtime's CPU provider cannot run them",
@@ -53,63 +46,56 @@ def _no_progress(what: str, done: int, total: int) -> None:
     return None
 
 
-def reference_from_checkpoint(
-    name: ReferenceName, folder: Path, *, latent_norm_eps: float, progress: Progress = _no_progress
-) -> Reference:
-    """The reference of this name over a checkpoint folder."""
-    if name == "plain":
-        from k25_validate.plain_reference import PlainReference
-
-        try:
-            return PlainReference(folder, latent_norm_eps=latent_norm_eps)
-        except (ValueError, OSError) as error:
-            raise InputError(f"plain reference: {error}") from error
-    from k25_validate.transformers_reference import TransformersReference
-
-    return TransformersReference(folder, latent_norm_eps=latent_norm_eps, progress=progress)
-
-
 def parity_report_from_bundle(
     bundle: Path,
     *,
     checkpoint: str | Path | None = None,
     reference: ReferenceName = "plain",
     reference_checkpoint: str | Path | None = None,
+    stream: Stream = "auto",
     threads: int = 0,
     progress: Progress = _no_progress,
 ) -> ParityReport:
-    """Run the built-in prompts through the bundle and the reference and compare.
+    """Run the built-in prompts through the bundle and the reference and compare, layer by layer.
 
+    Streamed (`on`, or `auto` where the weights exceed the machine's memory) one layer's weights are held at a time, and
+    the state after each layer is kept in `reports/` until the walk is done, so that an interrupted one goes on there.
     The reference reads the same checkpoint unless `reference_checkpoint` names another copy of it. A result that is
     not finite, or far off, is a failed check of the report, not an error.
     """
     started = time.monotonic()
+    folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
     with Runtime.open(
-        bundle, checkpoint=checkpoint, mode="exact", context=512, max_sequences=16, threads=threads
+        bundle,
+        checkpoint=checkpoint,
+        mode="exact",
+        context=CONTEXT,
+        max_sequences=CHAINS_OF_A_PROMPT * 4,
+        threads=threads,
+        bind_layers=False,
     ) as runtime:
-        text = runtime.manifest.model.text
-        folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
-        judge = reference_from_checkpoint(reference, folder, latent_norm_eps=text.latent_norm_eps, progress=progress)
+        manifest = runtime.manifest
+        is_streamed = _is_streamed(stream, reference, manifest)
         prompts = built_in_prompts(runtime)
-        traces, parities = [], []
-        for index, prompt in enumerate(prompts):
-            progress(f"comparing: {prompt.name}", index, len(prompts) + 2)
-            traces.append(judge.trace(prompt.token_ids))
-            parities.append(prompt_parity(runtime, traces[-1]))
-        rows = _component_rows(parities, runtime)
-        checks = [*_component_checks(rows, parities), *_end_to_end_checks(prompts, traces, parities)]
-        progress("comparing: decode", len(prompts), len(prompts) + 2)
-        checks += _decode_checks(runtime, prompts, traces, parities)
-        progress("comparing: batch", len(prompts) + 1, len(prompts) + 2)
-        checks += _batch_checks(runtime, prompts, parities)
-        progress("comparing", len(prompts) + 2, len(prompts) + 2)
-        return ParityReport(
-            bundle=_bundle_facts(runtime),
+        with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
+            walk = ParityWalk(runtime, judge, prompts)
+            state_path = bundle / REPORTS_FOLDER / STATE_NAME
+            key = _state_key(manifest, judge, prompts, folder)
+            components, logits = walk.run(
+                state=read_state(state_path, key=key) if is_streamed else None,
+                on_layer=(lambda state: write_state(state_path, state, key=key)) if is_streamed else None,
+                is_streamed=is_streamed,
+                progress=progress,
+            )
+        rows = component_rows(components, manifest.model.text)
+        report = ParityReport(
+            bundle=_bundle_facts(manifest),
             reference={"name": judge.name, "precision": "float32", "experts": "(nibble - 8) * scale, exact in float32"},
             runtime={
                 "backend": "onnxruntime-cpu, function bodies",
                 "precision": "fp32",
                 "mode": "exact",
+                "streamed": "yes, one layer at a time" if is_streamed else "no",
                 "onnxruntime": onnxruntime.__version__,
                 "k25-export": __version__,
             },
@@ -119,14 +105,57 @@ def parity_report_from_bundle(
                 for prompt in prompts
             ),
             rows=rows,
-            checks=tuple(checks),
+            checks=parity_checks(rows, prompts, logits),
             not_checked=NOT_CHECKED,
             seconds=time.monotonic() - started,
         )
+        state_path.unlink(missing_ok=True)
+        return report
 
 
-def _bundle_facts(runtime: Runtime) -> dict[str, object]:
-    manifest = runtime.manifest
+@contextlib.contextmanager
+def _opened_reference(
+    name: ReferenceName, folder: Path, manifest: Manifest, is_streamed: bool, progress: Progress
+) -> Iterator[Reference]:
+    latent_norm_eps = manifest.model.text.latent_norm_eps
+    if name == "transformers":
+        from k25_validate.transformers_reference import TransformersReference
+
+        yield TransformersReference(folder, latent_norm_eps=latent_norm_eps, progress=progress)
+        return
+    from k25_validate.plain_reference import PlainReference
+
+    with ExpertReadAhead(manifest, folder) as ahead:
+        try:
+            on_route = ahead.read if is_streamed else None
+            reference = PlainReference(folder, latent_norm_eps=latent_norm_eps, on_route=on_route)
+        except (ValueError, OSError) as error:
+            raise InputError(f"plain reference: {error}") from error
+        yield reference
+
+
+def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -> bool:
+    weights = sum(shard.bytes for shard in manifest.shards)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if reference == "transformers":
+        if stream == "on":
+            raise InputError("stream: the transformers reference holds the whole model; use the plain reference")
+        return False
+    return stream == "on" or (stream == "auto" and weights > memory)
+
+
+def _state_key(manifest: Manifest, reference: Reference, prompts: tuple[Prompt, ...], folder: Path) -> str:
+    """What a kept state belongs to: the export, the reference, the prompts, and the shards as they are now."""
+    stamps = []
+    for shard in manifest.shards:
+        status = (folder / shard.file).stat()
+        stamps.append([status.st_size, status.st_mtime_ns])
+    tokens = [[prompt.prompt_ids, prompt.next_ids] for prompt in prompts]
+    facts = [manifest.inputs_sha256, reference.name, tokens, stamps, onnxruntime.__version__, __version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
     return {
         "inputs_sha256": manifest.inputs_sha256,
         "components": {
@@ -135,116 +164,3 @@ def _bundle_facts(runtime: Runtime) -> dict[str, object]:
         "shards": {shard.file: shard.header_sha256 for shard in manifest.shards},
         "layers": manifest.model.text.num_hidden_layers,
     }
-
-
-def _label(part: ComponentParity | ComponentRow) -> str:
-    return part.component if part.layer is None else f"{part.component} {part.layer}"
-
-
-def _component_rows(parities: Sequence[PromptParity], runtime: Runtime) -> tuple[ComponentRow, ...]:
-    rows = []
-    for parts in zip(*(parity.components for parity in parities), strict=True):
-        worst = max(parts, key=lambda part: part.local.relative_l2)
-        routers = [part.router for part in parts if part.router is not None]
-        local = worst.local
-        rows.append(
-            ComponentRow(
-                component=worst.component,
-                layer=worst.layer,
-                local=local.relative_l2,
-                tolerance=component_tolerance(worst.component, runtime.manifest.model.text),
-                accumulated=max(part.accumulated for part in parts),
-                max_abs=max(part.local.max_abs for part in parts),
-                worst=f"at {list(local.worst_index)}: {local.actual:.7g}, reference {local.expected:.7g}",
-                cosine=min(part.local.cosine for part in parts),
-                router_differs=sum(int(router.differs.sum()) for router in routers) if routers else None,
-                router_ties=sum(int(router.ties.sum()) for router in routers) if routers else None,
-                router_weights_max_abs=max(router.weights_max_abs for router in routers) if routers else None,
-            )
-        )
-    return tuple(rows)
-
-
-def _check(section: Section, name: str, metric: str, value: float, tolerance: Tolerance, detail: str = "") -> Check:
-    return Check(section=section, name=name, metric=metric, value=value, tolerance=tolerance, detail=detail)
-
-
-def _component_checks(rows: Sequence[ComponentRow], parities: Sequence[PromptParity]) -> list[Check]:
-    checks = []
-    for row in rows:
-        name = _label(row)
-        checks.append(_check("components", name, "relative L2", row.local, row.tolerance, row.worst))
-        if row.router_differs is not None and row.router_weights_max_abs is not None:
-            checks.append(_check("components", name, "tokens routed differently", row.router_differs, NO_DISAGREEMENT))
-            weights = row.router_weights_max_abs
-            checks.append(_check("components", name, "router weights, max abs", weights, ROUTER_WEIGHTS))
-    tokens = sum(len(parity.kept) for parity in parities)
-    excluded = sum(int((~parity.kept).sum()) for parity in parities)
-    checks.append(
-        _check("end to end", "all prompts", "share of tokens behind router ties", excluded / tokens, FEW_TIES)
-    )
-    return checks
-
-
-def _end_to_end_checks(
-    prompts: Sequence[Prompt], traces: Sequence[ReferenceTrace], parities: Sequence[PromptParity]
-) -> list[Check]:
-    actual = np.concatenate([parity.logits[parity.kept] for parity in parities])
-    expected = np.concatenate([trace.logits[parity.kept] for trace, parity in zip(traces, parities, strict=True)])
-    if not len(actual):
-        return []  # every token is behind a tie, which the check on ties reports
-    places = [
-        (prompt.name, row)
-        for prompt, parity in zip(prompts, parities, strict=True)
-        for row in np.flatnonzero(parity.kept)
-    ]
-    divergence = kl_divergence(actual, expected)
-    worst_prompt, worst_row = places[divergence.worst_row]
-    disagree = top1_disagreements(actual, expected, margin=TOP1_TIE)
-    first = f"first: {places[disagree[0]][0]}, token {places[disagree[0]][1]}" if len(disagree) else ""
-    return [
-        _check("end to end", "all prompts", "relative L2", relative_l2(actual, expected), END_TO_END_L2),
-        _check("end to end", "all prompts", "top-1 disagreements", len(disagree), NO_DISAGREEMENT, first),
-        _check(
-            "end to end",
-            "all prompts",
-            "KL divergence, max, nats",
-            divergence.maximum,
-            KL,
-            f"{worst_prompt}, token {worst_row}",
-        ),
-    ]
-
-
-def _decode_checks(
-    runtime: Runtime, prompts: Sequence[Prompt], traces: Sequence[ReferenceTrace], parities: Sequence[PromptParity]
-) -> list[Check]:
-    """Prefill the prompt, decode the rest one by one: against the reference, and against the runtime's own prefill."""
-    against_reference, against_prefill, disagreements = 0.0, 0.0, 0
-    for prompt, trace, parity in zip(prompts, traces, parities, strict=True):
-        decoded = [runtime.prefill(prompt.prompt_ids, rows="last")[0]]
-        decoded += [runtime.decode(token) for token in prompt.next_ids]
-        actual = np.array(decoded)
-        rows = slice(len(prompt.prompt_ids) - 1, None)
-        kept = parity.kept[rows]
-        against_reference = max(against_reference, relative_l2_of_rows(actual, trace.logits[rows], kept))
-        against_prefill = max(against_prefill, relative_l2_of_rows(actual, parity.logits[rows], kept))
-        disagreements += len(top1_disagreements(actual[kept], trace.logits[rows][kept], margin=TOP1_TIE))
-    return [
-        _check("decode", "all prompts", "relative L2", against_reference, END_TO_END_L2),
-        _check("decode", "all prompts", "top-1 disagreements", disagreements, NO_DISAGREEMENT),
-        _check("decode", "all prompts", "relative L2 to prefill", against_prefill, END_TO_END_L2),
-    ]
-
-
-def _batch_checks(runtime: Runtime, prompts: Sequence[Prompt], parities: Sequence[PromptParity]) -> list[Check]:
-    """All prompts in one step, against each alone."""
-    started = runtime.prefill_batch([prompt.token_ids for prompt in prompts])
-    errors = [
-        relative_l2_of_rows(logits, parity.logits, parity.kept)
-        for (_, logits), parity in zip(started, parities, strict=True)
-    ]
-    for sequence, _ in started:
-        runtime.free(sequence)
-    worst = int(np.argmax(errors))
-    return [_check("batch", "all prompts", "relative L2 to alone", errors[worst], END_TO_END_L2, prompts[worst].name)]

@@ -8,14 +8,14 @@ import click
 
 from k25_cli.extras import require_extra
 from k25_cli.output import Output, output_options
-from k25_cli.stages import export_bundle, export_options, reference_option, validate_bundle
+from k25_cli.stages import export_bundle, export_options, validate_bundle, validation_options
 from k25_plugins.errors import BackendMissingError
 
 
 @click.command("build")
 @click.argument("checkpoint")
 @export_options
-@reference_option
+@validation_options
 @click.option("--target", multiple=True, help="Not there yet: TensorRT engines to build.")
 @output_options
 def command(
@@ -23,6 +23,7 @@ def command(
     output: Path,
     latent_norm_eps: float | None,
     reference: str,
+    stream: str,
     target: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -38,7 +39,7 @@ def command(
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
         _, is_reused = export_bundle(checkpoint, output, latent_norm_eps=latent_norm_eps, progress=progress)
-        result = validate_bundle(output, checkpoint=None, reference=reference, progress=progress)
+        result = validate_bundle(output, checkpoint=None, reference=reference, stream=stream, progress=progress)
     bundle = str(output.resolve())
     how = " (components reused, nothing has changed)" if is_reused else ""
     values = {"bundle": bundle, "reused": is_reused, **result.values}

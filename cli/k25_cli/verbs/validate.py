@@ -7,21 +7,21 @@ from pathlib import Path
 import click
 
 from k25_cli.output import Output, output_options
-from k25_cli.stages import reference_option, validate_bundle
+from k25_cli.stages import validate_bundle, validation_options
 
 
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@reference_option
+@validation_options
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @output_options
-def command(bundle: Path, reference: str, checkpoint: str | None, as_json: bool, quiet: bool) -> int:
+def command(bundle: Path, reference: str, stream: str, checkpoint: str | None, as_json: bool, quiet: bool) -> int:
     """Compare BUNDLE with a PyTorch reference and write reports/parity.json, .xml and .html.
 
     Exit code 1 where a check fails; the report says which.
     """
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
-        result = validate_bundle(bundle, checkpoint=checkpoint, reference=reference, progress=progress)
+        result = validate_bundle(bundle, checkpoint=checkpoint, reference=reference, stream=stream, progress=progress)
     printer.result(result.values, lambda: click.echo(result.text))
     return result.exit_code

@@ -1,0 +1,70 @@
+"""A walk's state on disk, so that an interrupted validation goes on where it was. Plain numpy arrays, no pickle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from k25_plugins.errors import InputError
+from k25_validate.metrics import TensorComparison
+from k25_validate.parity_walk import ComponentParity, WalkState
+
+STATE_NAME = ".walk-state.npz"
+
+
+def write_state(path: Path, state: WalkState, *, key: str) -> None:
+    """Write the state, whole or not at all. `key` names the inputs that it belongs to."""
+    arrays: dict[str, Any] = {"batched": state.batched}
+    for name in ("expected", "own", "decoded", "kept"):
+        arrays |= {f"{name}_{index}": array for index, array in enumerate(getattr(state, name))}
+    facts = {
+        "key": key,
+        "next_layer": state.next_layer,
+        "prompts": len(state.kept),
+        "components": [asdict(component) for component in state.components],
+    }
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_state(path: Path, *, key: str) -> WalkState | None:
+    """The state of these inputs, or None where there is none that can be used."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            if facts["key"] != key:
+                return None
+            count = range(facts["prompts"])
+            lists = {
+                name: [arrays[f"{name}_{index}"] for index in count] for name in ("expected", "own", "decoded", "kept")
+            }
+            return WalkState(
+                next_layer=facts["next_layer"],
+                batched=arrays["batched"],
+                components=[_component(values) for values in facts["components"]],
+                **lists,
+            )
+    except (OSError, KeyError, ValueError, TypeError, BadZipFile):
+        return None  # absent or damaged: the walk starts again
+
+
+def _component(values: dict[str, Any]) -> ComponentParity:
+    local = TensorComparison(**{**values["local"], "worst_index": tuple(values["local"]["worst_index"])})
+    return ComponentParity(**{**values, "local": local})
