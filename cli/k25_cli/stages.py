@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 
 def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--output` and `--latent-norm-eps`."""
+    """`--output`, `--latent-norm-eps`, `--cache` and `--cache-limit`."""
+    function = click.option("--cache-limit", help="Size of the cache folder [default: 1GiB, or K25_CACHE_LIMIT].")(
+        function
+    )
+    function = click.option(
+        "--cache",
+        type=click.Path(path_type=Path),
+        help="Folder of traced components to reuse and add to (or K25_CACHE).",
+    )(function)
     function = click.option(
         "--latent-norm-eps",
         type=click.FloatRange(min=0, min_open=True),
@@ -30,16 +38,41 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """The manifest, and in words what was reused."""
+
+    manifest: Manifest
+    is_reused: bool
+    reused: str
+
+
 def export_bundle(
-    checkpoint: str, output: Path, *, latent_norm_eps: float | None, progress: Progress
-) -> tuple[Manifest, bool]:
+    checkpoint: str,
+    output: Path,
+    *,
+    latent_norm_eps: float | None,
+    cache: Path | None,
+    cache_limit: str | None,
+    progress: Progress,
+) -> ExportResult:
     """Read the checkpoint's headers and write (or reuse) the bundle."""
     from k25_export.bundle import bundle_from_checkpoint
     from k25_export.checkpoint import checkpoint_from_folder
+    from k25_export.component_cache import cache_from_environment
     from k25_export.config import DEFAULT_LATENT_NORM_EPS
 
+    components = cache_from_environment(cache, cache_limit)
     intake = checkpoint_from_folder(checkpoint, latent_norm_eps=latent_norm_eps or DEFAULT_LATENT_NORM_EPS)
-    return bundle_from_checkpoint(intake, output, progress=progress)
+    manifest, is_reused = bundle_from_checkpoint(intake, output, cache=components, progress=progress)
+    files = sum(len(component.files) for component in manifest.components)
+    if is_reused:
+        reused = "reused, nothing has changed"
+    elif components is not None:
+        reused = f"{components.hits} of {files} components from the cache"
+    else:
+        reused = f"{files} components traced"
+    return ExportResult(manifest=manifest, is_reused=is_reused, reused=reused)
 
 
 def record_bundle_hashes(bundle: Path, *, checkpoint: str | None, progress: Progress) -> int:
@@ -80,10 +113,29 @@ class ValidationResult:
 
 
 def validate_bundle(
-    bundle: Path, *, checkpoint: str | None, reference: str, stream: str, progress: Progress
+    bundle: Path, *, checkpoint: str | None, reference: str, stream: str, may_reuse: bool = False, progress: Progress
 ) -> ValidationResult:
-    """Compare the bundle with the reference and write the report."""
+    """Compare the bundle with the reference and write the report; `may_reuse` takes one of the same inputs instead."""
     require_extra("validate")
+    if reference == "transformers":
+        require_extra("transformers")
+    from k25_export.manifest import REPORTS_FOLDER, read_manifest
+    from k25_runtime.mapped_checkpoint import checkpoint_folder
+    from k25_validate.validation_key import reusable_report, validation_key
+
+    page = (bundle / REPORTS_FOLDER / "parity.html").resolve()
+    if may_reuse:
+        key = validation_key(
+            read_manifest(bundle), reference=reference, checkpoint=checkpoint_folder(bundle, checkpoint)
+        )
+        known = reusable_report(bundle, key=key)
+        if known is not None:
+            verdict = "PASSED" if known["passed"] else "FAILED"
+            return ValidationResult(
+                values={"report": str(page), "report_reused": True, **known},
+                text=f"parity: {verdict} (report reused, nothing has changed)\nreport: {page}",
+                exit_code=0 if known["passed"] else VerificationError.exit_code,
+            )
     from k25_validate.parity_report import report_to_dict
     from k25_validate.report_files import write_report
     from k25_validate.validation import parity_report_from_bundle
@@ -95,9 +147,9 @@ def validate_bundle(
         stream=cast("Stream", stream),
         progress=progress,
     )
-    page = write_report(report, bundle)
+    write_report(report, bundle)
     return ValidationResult(
-        values={"report": str(page.resolve()), **report_to_dict(report)},
-        text=f"{report.summary()}\nreport: {page.resolve()}",
+        values={"report": str(page), "report_reused": False, **report_to_dict(report)},
+        text=f"{report.summary()}\nreport: {page}",
         exit_code=0 if report.passed else VerificationError.exit_code,
     )

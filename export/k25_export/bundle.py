@@ -8,11 +8,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from k25_export.checkpoint import Checkpoint
 from k25_export.checkpoint_files import file_in_checkpoint
+from k25_export.component_cache import ComponentCache
+from k25_export.config import ModelConfig
 from k25_export.manifest import (
     COMPONENTS_FOLDER,
     LOCATION_NAME,
@@ -34,6 +37,7 @@ from k25_export.manifest import (
 from k25_export.staging import staged_folder
 from k25_export.tensor_groups import shard_entries, tensor_groups
 from k25_plugins.errors import InputError
+from k25_plugins.source_hash import source_sha256
 from k25_plugins.version import __version__
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -62,9 +66,10 @@ def bundle_from_checkpoint(
     output: Path,
     *,
     precisions: Sequence[Precision] = PRECISIONS,
+    cache: ComponentCache | None = None,
     progress: Progress = _no_progress,
 ) -> tuple[Manifest, bool]:
-    """Write the bundle `output`, or reuse it where it was made from the same inputs.
+    """Write the bundle `output`, or reuse it where it was made from the same inputs; components may come from `cache`.
 
     Returns the manifest and whether the bundle was reused. Raises `InputError` where the checkpoint has problems or
     the folder cannot be written; then nothing is left under its name.
@@ -79,7 +84,7 @@ def bundle_from_checkpoint(
         _write_location(output, checkpoint.folder)
         return reused, True
     with staged_folder(output, is_ours=is_bundle, what="bundle") as staging:
-        components = _write_components(checkpoint, staging, precisions, progress)
+        components = _write_components(checkpoint, staging, precisions, versions, cache, progress)
         manifest = Manifest(
             inputs_sha256=inputs_sha256,
             options=options,
@@ -97,22 +102,9 @@ def bundle_from_checkpoint(
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of everything that decides the bytes of a component; `source` hashes this code."""
-    versions = {"k25-export": __version__, "source": _source_hash()}
+    """Versions of everything that decides the bytes of a component; `source` hashes the ops and this stage."""
+    versions = {"k25-export": __version__, "source": source_sha256("k25_plugins", "k25_export")}
     return versions | {tool: importlib.metadata.version(tool).partition("+")[0] for tool in _TOOLS}
-
-
-def _source_hash() -> str:
-    """SHA-256 over the source of the ops and of this stage: a changed exporter never reuses an old bundle."""
-    digest = hashlib.sha256()
-    stage = Path(__file__).resolve().parent
-    from k25_plugins import version
-
-    for root in (Path(version.__file__).resolve().parent, stage):
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-            digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _inputs_hash(
@@ -150,6 +142,11 @@ def _reusable(output: Path, inputs_sha256: str) -> Manifest | None:
     return manifest
 
 
+def _component_key(config: ModelConfig, versions: dict[str, str], name: str, precision: Precision) -> str:
+    facts = [asdict(config), versions, name, precision]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _write_location(output: Path, folder: Path) -> None:
     path = output / LOCATION_NAME
     text = checkpoint_location_json(folder)
@@ -184,7 +181,12 @@ def _write_file(staging: Path, relative: str, data: bytes) -> FileEntry:
 
 
 def _write_components(
-    checkpoint: Checkpoint, staging: Path, precisions: Sequence[Precision], progress: Progress
+    checkpoint: Checkpoint,
+    staging: Path,
+    precisions: Sequence[Precision],
+    versions: dict[str, str],
+    cache: ComponentCache | None,
+    progress: Progress,
 ) -> tuple[ComponentEntry, ...]:
     from k25_export.bindings import component_bindings
     from k25_export.component_specs import component_specs
@@ -198,7 +200,9 @@ def _write_components(
         files = []
         for precision in precisions:
             progress(f"tracing {spec.name}.{precision}", done, total)
-            traced = traced_component_from_spec(spec, precision)
+            make = partial(traced_component_from_spec, spec, precision)
+            key = _component_key(checkpoint.config, versions, spec.name, precision)
+            traced = make() if cache is None else cache.component(key, make)
             entry = _write_file(staging, f"{COMPONENTS_FOLDER}/{spec.name}.{precision}.onnx", traced.data)
             files.append(
                 ComponentFile(

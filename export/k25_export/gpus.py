@@ -1,16 +1,12 @@
-"""Memory and bandwidth of GPUs from their data sheets, and the parser for a user's own.
-
-Units: kB, MB, GB, TB count in powers of 1000, KiB, MiB, GiB, TiB in powers of 1024; bandwidth is bytes a second.
-"""
+"""Memory and bandwidth of GPUs from their data sheets, and the parser for a user's own: bytes, and bytes a second."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from types import MappingProxyType
 
+from k25_export.byte_sizes import bytes_from_text
 from k25_plugins.errors import InputError, mismatch
 
 CPU = "cpu"
@@ -18,13 +14,6 @@ CUSTOM = "custom"
 
 _GB = 1000**3
 _MIB = 1024**2
-
-_UNITS: Mapping[str, int] = MappingProxyType(
-    {"B": 1}
-    | {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
-    | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
-)
-_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?) ?([A-Za-z]+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +107,6 @@ def _given(memory_bytes: int | None, bandwidth: int | None) -> str:
     if memory_bytes is None:
         return "neither" if bandwidth is None else "only a bandwidth"
     return "only a memory size"
-
-
-def bytes_from_text(text: str) -> int:
-    """Bytes from `141GB` (powers of 1000), `48GiB` (powers of 1024), `0B`; a number alone says too little.
-
-    Fractions of a byte are dropped. Raises `InputError`.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2] not in _UNITS:
-        raise mismatch(
-            "size",
-            expected=f"a number and a unit among {', '.join(_UNITS)}",
-            found=repr(text),
-            hint="48GB is 48,000,000,000 bytes, 48GiB is 51,539,607,552.",
-        )
-    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def bandwidth_from_text(text: str) -> int:

@@ -7,7 +7,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
@@ -24,18 +23,10 @@ from k25_export.manifest import Port, Precision
 from k25_export.passes.lift_weights import lift_weights
 from k25_export.passes.mark_plugins import mark_plugins
 from k25_export.passes.strip_metadata import strip_metadata
+from k25_export.traced_component import TracedComponent
 from k25_plugins.onnx_functions import OPSET, functions_for
 from k25_plugins.onnx_translation import translation_table
 from k25_plugins.signatures import DOMAIN, ONNX_DTYPES
-
-
-@dataclass(frozen=True, kw_only=True)
-class TracedComponent:
-    """The ONNX file of one component in one precision, and its ports in the graph's order."""
-
-    data: bytes
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
 
 
 def traced_component_from_spec(spec: ComponentSpec, precision: Precision) -> TracedComponent:

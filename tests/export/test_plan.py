@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from k25_export.byte_sizes import bytes_from_text
 from k25_export.config import ModelConfig, model_config_from_dict
 from k25_export.demo.official_config import official_config_from_preset
 from k25_export.demo.presets import preset_with_overrides
-from k25_export.gpus import GPUS, bandwidth_from_text, bytes_from_text, gpu_from_name
+from k25_export.gpus import GPUS, bandwidth_from_text, gpu_from_name
 from k25_export.plan import (
     MOST_GPUS,
     Deployment,

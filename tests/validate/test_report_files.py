@@ -39,6 +39,7 @@ def _report(*values: float) -> ParityReport:
         for i, v in enumerate(values)
     )
     return ParityReport(
+        key="k",
         bundle={"inputs_sha256": "ab"},
         reference={"name": "plain"},
         runtime={},

@@ -52,8 +52,9 @@ class ComponentRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Everything that a reader needs to decide whether the bundle may ship."""
+    """Everything that a reader needs to decide whether the bundle may ship. `key` says what the result belongs to."""
 
+    key: str
     bundle: dict[str, Any]
     reference: dict[str, str]
     runtime: dict[str, str]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import time
@@ -22,9 +20,10 @@ from k25_runtime.runtime import Runtime
 from k25_validate.parity_checks import component_rows, parity_checks
 from k25_validate.parity_report import ParityReport
 from k25_validate.parity_walk import ParityWalk
-from k25_validate.prompts import Prompt, built_in_prompts
+from k25_validate.prompts import built_in_prompts
 from k25_validate.read_ahead import ExpertReadAhead
 from k25_validate.reference import Reference
+from k25_validate.validation_key import validation_key
 from k25_validate.walk_files import STATE_NAME, read_state, write_state
 
 ReferenceName = Literal["plain", "transformers"]
@@ -77,10 +76,10 @@ def parity_report_from_bundle(
         manifest = runtime.manifest
         is_streamed = _is_streamed(stream, reference, manifest)
         prompts = built_in_prompts(runtime)
+        key = validation_key(manifest, reference=reference, checkpoint=folder)
         with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
             walk = ParityWalk(runtime, judge, prompts)
             state_path = bundle / REPORTS_FOLDER / STATE_NAME
-            key = _state_key(manifest, judge, prompts, folder)
             components, logits = walk.run(
                 state=read_state(state_path, key=key) if is_streamed else None,
                 on_layer=(lambda state: write_state(state_path, state, key=key)) if is_streamed else None,
@@ -89,6 +88,7 @@ def parity_report_from_bundle(
             )
         rows = component_rows(components, manifest.model.text)
         report = ParityReport(
+            key=key,
             bundle=_bundle_facts(manifest),
             reference={"name": judge.name, "precision": "float32", "experts": "(nibble - 8) * scale, exact in float32"},
             runtime={
@@ -142,17 +142,6 @@ def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -
             raise InputError("stream: the transformers reference holds the whole model; use the plain reference")
         return False
     return stream == "on" or (stream == "auto" and weights > memory)
-
-
-def _state_key(manifest: Manifest, reference: Reference, prompts: tuple[Prompt, ...], folder: Path) -> str:
-    """What a kept state belongs to: the export, the reference, the prompts, and the shards as they are now."""
-    stamps = []
-    for shard in manifest.shards:
-        status = (folder / shard.file).stat()
-        stamps.append([status.st_size, status.st_mtime_ns])
-    tokens = [[prompt.prompt_ids, prompt.next_ids] for prompt in prompts]
-    facts = [manifest.inputs_sha256, reference.name, tokens, stamps, onnxruntime.__version__, __version__]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _bundle_facts(manifest: Manifest) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def command(
     checkpoint: str,
     output: Path,
     latent_norm_eps: float | None,
+    cache: Path | None,
+    cache_limit: str | None,
     reference: str,
     stream: str,
     target: tuple[str, ...],
@@ -38,10 +40,18 @@ def command(
     require_extra("validate")
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
-        _, is_reused = export_bundle(checkpoint, output, latent_norm_eps=latent_norm_eps, progress=progress)
-        result = validate_bundle(output, checkpoint=None, reference=reference, stream=stream, progress=progress)
+        export = export_bundle(
+            checkpoint,
+            output,
+            latent_norm_eps=latent_norm_eps,
+            cache=cache,
+            cache_limit=cache_limit,
+            progress=progress,
+        )
+        result = validate_bundle(
+            output, checkpoint=checkpoint, reference=reference, stream=stream, may_reuse=True, progress=progress
+        )
     bundle = str(output.resolve())
-    how = " (components reused, nothing has changed)" if is_reused else ""
-    values = {"bundle": bundle, "reused": is_reused, **result.values}
-    printer.result(values, lambda: click.echo(f"bundle: {bundle}{how}\n{result.text}"))
+    values = {"bundle": bundle, "reused": export.is_reused, **result.values}
+    printer.result(values, lambda: click.echo(f"bundle: {bundle} ({export.reused})\n{result.text}"))
     return result.exit_code

@@ -17,7 +17,14 @@ from k25_cli.stages import export_bundle, export_options, record_bundle_hashes
 @click.option("--hash", "with_hashes", is_flag=True, help="Also stream a SHA-256 of every tensor into hashes.json.")
 @output_options
 def command(
-    checkpoint: str, output: Path, latent_norm_eps: float | None, with_hashes: bool, as_json: bool, quiet: bool
+    checkpoint: str,
+    output: Path,
+    latent_norm_eps: float | None,
+    cache: Path | None,
+    cache_limit: str | None,
+    with_hashes: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Trace the components of CHECKPOINT to ONNX and write a bundle. Only headers are read.
 
@@ -26,14 +33,20 @@ def command(
     require_extra("export")
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
-        manifest, is_reused = export_bundle(checkpoint, output, latent_norm_eps=latent_norm_eps, progress=progress)
+        result = export_bundle(
+            checkpoint,
+            output,
+            latent_norm_eps=latent_norm_eps,
+            cache=cache,
+            cache_limit=cache_limit,
+            progress=progress,
+        )
         if with_hashes:
             record_bundle_hashes(output, checkpoint=checkpoint, progress=progress)
     values = {
         "bundle": str(output.resolve()),
-        "reused": is_reused,
-        "components": [entry.name for entry in manifest.components],
-        "tensors": sum(1 for group in manifest.tensors for _ in group.numbered_offsets()),
+        "reused": result.is_reused,
+        "components": [entry.name for entry in result.manifest.components],
+        "tensors": sum(len(group.offsets or (0,)) for group in result.manifest.tensors),
     }
-    how = "reused, nothing has changed" if is_reused else f"{len(manifest.components)} components"
-    printer.result(values, lambda: click.echo(f"bundle: {values['bundle']} ({how})"))
+    printer.result(values, lambda: click.echo(f"bundle: {values['bundle']} ({result.reused})"))

@@ -10,7 +10,8 @@ import click
 
 from k25_cli.extras import require_extra
 from k25_cli.output import Output, human_bytes, output_options, print_table
-from k25_export.gpus import CPU, CUSTOM, GPUS, Gpu, bandwidth_from_text, bytes_from_text, gpu_from_name
+from k25_export.byte_sizes import bytes_from_text
+from k25_export.gpus import CPU, CUSTOM, GPUS, Gpu, bandwidth_from_text, gpu_from_name
 from k25_export.plan import MOST_GPUS, CacheDtype, DecodeSpeed, Deployment, Plan, plan_from_config
 from k25_export.weight_shares import Attention
 from k25_plugins.errors import InputError
