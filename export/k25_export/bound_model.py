@@ -6,7 +6,6 @@ ONNX Runtime, onnx.checker and other tools refuse external data outside the mode
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from k25_export.manifest import Binding, ComponentEntry, Manifest, Precision, Sh
 from k25_export.tensor_table import TensorTable, for_layer
 from k25_plugins.errors import InputError, mismatch
 from k25_plugins.signatures import ONNX_DTYPES
+from k25_plugins.whole_file import write_whole
 
 _STORED_TO_ONNX = {"BF16": "bfloat16", "F32": "float32", "I32": "int32", "I64": "int64"}
 _RESIDUAL_SHARE = "residual_share"
@@ -47,15 +47,7 @@ class BoundModelWriter:
         model = onnx.load_from_string(read_bundle_file(self._bundle, entry))
         self._bind_weights(model, component, layer)
         path = self._output / f"layer-{layer}.{precision}.onnx"
-        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            self._output.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(model.SerializeToString(deterministic=True))
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, model.SerializeToString(deterministic=True))
         return path
 
     @property

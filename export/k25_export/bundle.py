@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -39,6 +38,7 @@ from k25_export.tensor_groups import shard_entries, tensor_groups
 from k25_plugins.errors import InputError
 from k25_plugins.source_hash import source_sha256
 from k25_plugins.version import __version__
+from k25_plugins.whole_file import write_whole
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
@@ -150,13 +150,8 @@ def _component_key(config: ModelConfig, versions: dict[str, str], name: str, pre
 def _write_location(output: Path, folder: Path) -> None:
     path = output / LOCATION_NAME
     text = checkpoint_location_json(folder)
-    try:
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            temporary = path.with_suffix(f".partial-{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"bundle {output}: cannot write {LOCATION_NAME}: {error.strerror}") from error
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_whole(path, text)
 
 
 def _tokenizer_files(folder: Path) -> list[tuple[str, bytes]]:

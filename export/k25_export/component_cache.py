@@ -18,6 +18,7 @@ from k25_export.byte_sizes import bytes_from_text
 from k25_export.manifest import Port
 from k25_export.traced_component import TracedComponent
 from k25_plugins.errors import InputError
+from k25_plugins.whole_file import write_whole
 
 CACHE_VARIABLE = "K25_CACHE"
 LIMIT_VARIABLE = "K25_CACHE_LIMIT"
@@ -54,15 +55,8 @@ class ComponentCache:
             "inputs": [asdict(port) for port in component.inputs],
             "outputs": [asdict(port) for port in component.outputs],
         }
-        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            temporary.write_bytes(json.dumps(head).encode() + b"\n" + component.data)
-            temporary.replace(path)
-            self._trim()
-        except OSError as error:
-            raise InputError(f"cache {self._folder}: cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(head).encode() + b"\n" + component.data)
+        self._trim()
 
     def _trim(self) -> None:
         entries = []

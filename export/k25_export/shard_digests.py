@@ -13,8 +13,8 @@ from typing import Any
 
 from k25_export.checkpoint_files import file_in_checkpoint
 from k25_export.manifest import Manifest, json_object
-from k25_export.tensor_hashes import write_whole
 from k25_plugins.errors import InputError
+from k25_plugins.whole_file import write_whole
 
 CHUNK_BYTES = 4 << 20
 JOURNAL_NAME = ".verify-progress.json"

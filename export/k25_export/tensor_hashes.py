@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from k25_export.manifest import Manifest, json_object
 from k25_plugins.errors import InputError, mismatch
+from k25_plugins.whole_file import write_whole
 
 HASHES_NAME = "hashes.json"
 FORMAT = "k25-hashes"
@@ -57,15 +57,3 @@ def read_hashes(bundle: Path, manifest: Manifest) -> TensorHashes | None:
         )
     assert isinstance(groups, list)
     return TensorHashes(inputs_sha256=manifest.inputs_sha256, groups=tuple(tuple(map(str, group)) for group in groups))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it; `InputError` where that fails."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

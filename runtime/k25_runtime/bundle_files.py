@@ -61,7 +61,7 @@ class BundleFiles:
             found = json.loads(path.read_bytes()).get("eos_token_id", [])
         except (ValueError, AttributeError, OSError) as error:
             raise InputError(f"{path}: expected a JSON object, found {error}") from error
-        ids = found if isinstance(found, list) else [found]
+        ids = found if isinstance(found, list) else [] if found is None else [found]  # null means unset
         if not all(type(item) is int for item in ids):
             raise InputError(f"{path}: eos_token_id: expected integers, found {ids}")
         return ids

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,29 +39,26 @@ class Generation:
     step_logits: Float32 | None = field(default=None, repr=False)
 
 
-class Decoder(Protocol):
-    """What the loop needs of a runtime."""
-
-    def decode(self, token_id: int) -> Float32:
-        """Append one token, return the logits [V] after it."""
-
-
 def generated_tokens(
-    runtime: Decoder,
+    decode: Callable[[int], Float32],
     last_logits: Float32,
     *,
     sampler: Sampler,
     max_new_tokens: int,
     stop_ids: frozenset[int],
-) -> Iterator[tuple[int, Float32]]:
-    """Yield (id, logits it was chosen from); a stop id is yielded, then the loop ends."""
+) -> Iterator[tuple[int, Float32, bool]]:
+    """Yield (id, logits it was chosen from, whether it is the last); a stop id is yielded, then the loop ends.
+
+    `decode` appends a token and returns the logits [V] after it.
+    """
     logits = last_logits
     for remaining in range(max_new_tokens, 0, -1):
         token_id = sampler.choose(logits)
-        yield token_id, logits
-        if token_id in stop_ids or remaining == 1:
+        is_last = token_id in stop_ids or remaining == 1
+        yield token_id, logits, is_last
+        if is_last:
             return
-        logits = runtime.decode(token_id)
+        logits = decode(token_id)
 
 
 def finish_reason(new_ids: Sequence[int], stop_ids: frozenset[int]) -> FinishReason:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from k25_plugins.errors import InputError
+from k25_plugins.whole_file import write_whole
 
 
 def save_logits(
@@ -23,13 +23,6 @@ def save_logits(
     Row i of `step_logits` is what new token i was chosen from, so row 0 equals the last row of `prompt_logits`.
     Written whole or not at all.
     """
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, token_ids=token_ids, prompt_logits=prompt_logits, step_logits=step_logits)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, token_ids=token_ids, prompt_logits=prompt_logits, step_logits=step_logits)
+    write_whole(path, buffer.getvalue())

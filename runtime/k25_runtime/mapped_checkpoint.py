@@ -70,7 +70,10 @@ class MappedCheckpoint:
 
     def _map(self, shard: int) -> Bytes:
         if shard not in self._maps:
-            mapped: Any = np.memmap(self._paths[shard], np.uint8, "r")
+            try:
+                mapped: Any = np.memmap(self._paths[shard], np.uint8, "r")
+            except (OSError, ValueError) as error:
+                raise InputError(f"shard {self._paths[shard].name}: cannot be mapped: {error}") from error
             self._maps[shard] = mapped.view(np.ndarray)
         return self._maps[shard]
 
@@ -92,9 +95,7 @@ class MappedCheckpoint:
         if tensor.dtype != dtype:
             raise mismatch(f"bundle: {where}", expected=dtype, found=tensor.dtype)
         if binding.rule == "slice":
-            rows = [slice(None)] * tensor.array.ndim
-            rows[binding.axis or 0] = slice(binding.start, binding.stop)
-            return HostTensor(np.ascontiguousarray(tensor.array[tuple(rows)]), dtype)
+            return HostTensor(_sliced(tensor.array, binding, where), dtype)
         return tensor
 
     def _region(self, names: tuple[str, ...], row_bytes: int) -> tuple[Bytes, Table]:
@@ -121,6 +122,25 @@ class MappedCheckpoint:
                 table[expert, index] = row
                 row += -(-tensor.length // row_bytes)
         return buffer, table
+
+
+def _sliced(array: npt.NDArray[Any], binding: Binding, where: str) -> npt.NDArray[Any]:
+    axis, start, stop = binding.axis, binding.start, binding.stop
+    if (
+        axis is None
+        or start is None
+        or stop is None
+        or not 0 <= axis < array.ndim
+        or not 0 <= start < stop <= array.shape[axis]
+    ):
+        raise mismatch(
+            f"bundle: {where}",
+            expected=f"a slice inside a tensor of shape {list(array.shape)}",
+            found=f"axis {axis}, {start} to {stop}",
+        )
+    rows = [slice(None)] * array.ndim
+    rows[axis] = slice(start, stop)
+    return np.ascontiguousarray(array[tuple(rows)])
 
 
 def _checked_shard(folder: Path, shard: ShardEntry) -> Path:

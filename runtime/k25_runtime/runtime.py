@@ -5,11 +5,13 @@ Legend: T tokens, S sequences, V vocabulary.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,7 @@ class Runtime:
         self._allocator = allocator
         self._max_batch_tokens = max_batch_tokens
         self._current: Sequence | None = None
+        self._sequences: WeakSet[Sequence] = WeakSet()
 
     @classmethod
     def open(
@@ -130,8 +133,10 @@ class Runtime:
             raise BackendMissingError("media: the vision component is not there yet; only text can be run")
         tokens = self._checked_tokens(token_ids, cached=0)
         self._free_current()
-        self._current = self.new_sequence()
-        return self.extend_batch([(self._current, tokens)], rows=rows)[0]
+        sequence = self.new_sequence()
+        logits = self.extend_batch([(sequence, tokens)], rows=rows)[0]
+        self._current = sequence
+        return logits
 
     def extend(self, token_ids: Sequence_[int], rows: Rows = "all") -> Float32:
         """Append tokens to the current sequence; logits float32 [T, V], or [1, V] for `last`."""
@@ -145,11 +150,14 @@ class Runtime:
     # Several sequences.
 
     def new_sequence(self) -> Sequence:
-        """An empty sequence."""
-        return Sequence()
+        """An empty sequence of this runtime."""
+        sequence = Sequence()
+        self._sequences.add(sequence)
+        return sequence
 
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's cache back."""
+        self._checked_length(sequence)
         self._allocator.free(sequence)
         if sequence is self._current:
             self._current = None
@@ -165,6 +173,8 @@ class Runtime:
 
         Longer steps than `max_batch_tokens` are run in pieces. Nothing is appended where one chunk does not fit.
         """
+        if rows not in ("all", "last"):
+            raise InputError(f"rows: expected 'all' or 'last', found {rows!r}")
         checked = self._checked_chunks(chunks)
         self._allocator.reserve([(sequence, len(tokens)) for sequence, tokens in checked])
         found: list[list[Float32]] = [[] for _ in checked]
@@ -247,13 +257,19 @@ class Runtime:
         logits = self.prefill(prompt_ids, rows="last" if prompt_logits is None else "all")
         if prompt_logits is not None:
             prompt_logits.append(logits)
+        sequence = self._require_current()
         stop_ids = self.stop_ids(ignore_eos=ignore_eos)
         decoder = self.files.tokenizer.decode_stream() if self.files.has_tokenizer else None
-        sampler = Sampler(sampling or SamplingConfig())
-        for token_id, chosen_from in generated_tokens(
-            self, logits[-1], sampler=sampler, max_new_tokens=max_new_tokens, stop_ids=stop_ids
+        for token_id, chosen_from, is_last in generated_tokens(
+            lambda token: self.extend_batch([(sequence, [token])])[0][0],
+            logits[-1],
+            sampler=Sampler(sampling or SamplingConfig()),
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
         ):
             text = decoder.push(token_id) if decoder is not None and token_id not in stop_ids else ""
+            if decoder is not None and is_last:
+                text += decoder.flush()
             yield GeneratedToken(id=token_id, text=text, logits=chosen_from)
 
     def prompt_ids(
@@ -343,7 +359,10 @@ class Runtime:
         ]
 
     def _checked_tokens(self, token_ids: Sequence_[int], *, cached: int) -> list[int]:
-        tokens = [int(token) for token in token_ids]
+        try:
+            tokens = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise InputError(f"tokens: expected integers, found {token_ids!r:.60}") from error
         vocab = self.manifest.model.text.vocab_size
         if not tokens:
             raise InputError("tokens: expected at least one token id, found none")
@@ -358,6 +377,8 @@ class Runtime:
         return tokens
 
     def _checked_length(self, sequence: Sequence) -> int:
+        if sequence not in self._sequences:
+            raise InputError("sequence: expected one of this runtime, found another's")
         if not sequence.is_open:
             raise InputError("sequence: expected one that is in use, found one that was freed")
         return sequence.length
@@ -373,6 +394,8 @@ class Runtime:
 
 
 def _cpu_backend(precision: Precision, threads: int) -> Backend:
+    if precision not in get_args(Precision):
+        raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, found {precision!r}")
     if precision != "fp32":
         raise BackendMissingError(
             f"precision {precision}: ONNX Runtime's CPU provider has no bf16 MatMul. Use fp32 here; bf16 components "

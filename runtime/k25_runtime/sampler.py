@@ -53,9 +53,10 @@ class Sampler:
         return int(self._random.choice(len(logits), p=self._probabilities(logits)))
 
     def _probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        scores = logits.astype(np.float64) / self.config.temperature
+        scores = logits.astype(np.float64)
         order = np.argsort(-scores, kind="stable")
-        weights = np.exp(scores[order] - scores[order[0]])
+        with np.errstate(over="ignore"):  # a gap over a tiny temperature is minus infinity: weight 0
+            weights = np.exp((scores[order] - scores[order[0]]) / self.config.temperature)
         if self.config.top_k:
             weights[self.config.top_k :] = 0
         weights /= weights.sum()

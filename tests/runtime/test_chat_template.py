@@ -166,7 +166,7 @@ def test_template_file_is_read_or_named(tmp_path: Path) -> None:
 def test_imports_are_light() -> None:
     program = (
         "import sys, k25_runtime.tokenizer, k25_runtime.chat_template;"
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'jinja2', 'k25_export'} & set(sys.modules)))"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'jinja2'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert result.stdout == "[]\n"

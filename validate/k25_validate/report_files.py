@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from xml.etree import ElementTree
 
 from k25_export.manifest import REPORTS_FOLDER
-from k25_plugins.errors import InputError
+from k25_plugins.whole_file import write_whole
 from k25_validate.parity_report import ParityReport, report_to_dict
 from k25_validate.report_html import html_from_report
 
@@ -21,14 +20,8 @@ def write_report(report: ParityReport, bundle: Path) -> Path:
         "parity.xml": junit_from_report(report),
         "parity.html": html_from_report(report),
     }
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, text in files.items():
-            temporary = folder / f".{name}.partial-{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / name)
-    except OSError as error:
-        raise InputError(f"{folder}: the report cannot be written: {error.strerror}") from error
+    for name, text in files.items():
+        write_whole(folder / name, text)
     return folder / "parity.html"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from k25_plugins.errors import InputError
+from k25_plugins.whole_file import write_whole
 from k25_validate.metrics import TensorComparison
 from k25_validate.parity_walk import ComponentParity, WalkState
 
@@ -33,15 +32,7 @@ def write_state(path: Path, state: WalkState, *, key: str) -> None:
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, buffer.getvalue())
 
 
 def read_state(path: Path, *, key: str) -> WalkState | None:

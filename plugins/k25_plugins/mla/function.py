@@ -2,7 +2,8 @@
 
 The cache is written by one ScatterND on the three-dimensional cache, whose output is `cache_out` itself, so a runtime
 that binds one buffer to both writes in place. A Loop over the tokens gathers one sequence's blocks at a time, which
-bounds memory by one context; a masked score is -3e38, so a block table may be padded with any valid block.
+bounds memory by one context. Hidden rows are replaced by zeros and their scores by -3e38, so that whatever they hold
+(another sequence's rows behind the padding of the table, values that are not finite) reaches nobody.
 Arithmetic is float32 whatever the activation's and the cache's dtypes.
 """
 
@@ -128,13 +129,15 @@ MLA <num_heads, qk_nope_head_dim, v_head_dim, softmax_scale, inv_freq>
     blocks_token = Gather <axis = 0> (table, sequence_token)
     context_blocks = Gather <axis = 0> (cache_out, blocks_token)
     context_rows = Reshape (context_blocks, context_shape)
-    context = Cast <to = 1> (context_rows)
+    all_rows = Cast <to = 1> (context_rows)
+    position_token = Gather <axis = 0> (position, index)
+    is_hidden = Greater (span, position_token)
+    is_hidden_row = Unsqueeze (is_hidden, one)
+    context = Where (is_hidden_row, shown_score, all_rows)
     query_token = Gather <axis = 0> (query, index)
     context_t = Transpose <perm = [1, 0]> (context)
     dots = MatMul (query_token, context_t)
     scaled = Mul (dots, scale)
-    position_token = Gather <axis = 0> (position, index)
-    is_hidden = Greater (span, position_token)
     mask = Where (is_hidden, hidden_score, shown_score)
     scores = Add (scaled, mask)
     probabilities = Softmax <axis = -1> (scores)

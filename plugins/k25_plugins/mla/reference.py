@@ -65,13 +65,11 @@ def mla(
 
     z_TN = torch.empty(tokens, num_heads, rank)
     for sequence, span in spans:
-        where = positions[span].long()
-        length = int(where.max()) + 1
-        blocks = block_table[sequence, : -(-length // block_size)].long()
-        context_S = cache_out[blocks].flatten(0, 1)[:length].float()
-        scores_NTS = torch.einsum("tnw,sw->nts", query_TN[span], context_S) * softmax_scale
-        hidden_TS = torch.arange(length) > where.unsqueeze(1)
-        probabilities = scores_NTS.masked_fill(hidden_TS, float("-inf")).softmax(dim=-1)
-        z_TN[span] = torch.einsum("nts,sr->tnr", probabilities, context_S[:, :rank])
+        for token in range(span.start, span.stop):  # a token at a time: rows that it does not see are not touched
+            length = int(positions[token]) + 1
+            blocks = block_table[sequence, : -(-length // block_size)].long()
+            context_S = cache_out[blocks].flatten(0, 1)[:length].float()
+            probabilities_NS = (query_TN[token] @ context_S.T * softmax_scale).softmax(dim=-1)
+            z_TN[token] = probabilities_NS @ context_S[:, :rank]
     out_TN = torch.einsum("tnr,nvr->tnv", z_TN, uv_N)
     return out_TN.flatten(1).to(q.dtype), cache_out
