@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from k25_export.manifest import (
     Manifest,
     Precision,
     checkpoint_location_json,
+    content_hash,
     is_bundle,
     manifest_to_json,
     read_bundle_file,
@@ -95,6 +96,7 @@ def bundle_from_checkpoint(
             components=components,
             tokenizer=tuple(_write_file(staging, f"{TOKENIZER_FOLDER}/{name}", data) for name, data in tokenizer),
         )
+        manifest = replace(manifest, content_sha256=content_hash(manifest))
         (staging / REPORTS_FOLDER).mkdir()
         (staging / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
         (staging / LOCATION_NAME).write_text(checkpoint_location_json(checkpoint.folder), encoding="utf-8")
@@ -129,7 +131,7 @@ def _reusable(output: Path, inputs_sha256: str) -> Manifest | None:
         manifest = read_manifest(output)
     except InputError:
         return None
-    if manifest.inputs_sha256 != inputs_sha256:
+    if manifest.inputs_sha256 != inputs_sha256 or manifest.content_sha256 != content_hash(manifest):
         return None
     try:
         for component in manifest.components:

@@ -21,12 +21,15 @@ def folder_of_checkpoint(location: str | Path) -> Path:
     Raises `InputError` where there is neither.
     """
     path = Path(location)
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise InputError(f"checkpoint {location}: expected a folder, found a file")
-    if _HUB_ID.match(str(location)):
-        return _snapshot_folder(str(location))
+    try:
+        if str(location) and path.is_dir():
+            return path.resolve()
+        if str(location) and path.exists():
+            raise InputError(f"checkpoint {location}: expected a folder, found a file")
+        if _HUB_ID.match(str(location)):
+            return _snapshot_folder(str(location))
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {str(location)!r:.200}: cannot be opened: {error}") from error
     raise InputError(f"checkpoint {location}: no such folder")
 
 
@@ -66,7 +69,7 @@ def _snapshot_folder(hub_id: str) -> Path:
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision
     snapshot = folder / "snapshots" / (commit or "main")
-    if ".." in snapshot.parts or not snapshot.is_dir():
+    if snapshot.name in ("", ".", "..", "snapshots") or not snapshot.is_dir():
         raise InputError(
             f"checkpoint {hub_id}: revision {revision or 'main'} is not in the Hugging Face cache {folder}"
         )

@@ -7,6 +7,7 @@ half entry. The least recently used entries are removed when the folder exceeds 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,7 +86,8 @@ def _read(path: Path) -> TracedComponent | None:
             kind: tuple(Port(name=port["name"], dtype=port["dtype"], shape=tuple(port["shape"])) for port in head[kind])
             for kind in ("inputs", "outputs")
         }
-        os.utime(path)
+        with contextlib.suppress(OSError):  # a cache may be shared read-only
+            os.utime(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return TracedComponent(data=data, inputs=ports["inputs"], outputs=ports["outputs"])

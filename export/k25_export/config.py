@@ -6,7 +6,6 @@ value that this project does not compute. Keys that do not change the mathematic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,12 @@ MODEL_TYPE = "kimi_k25"
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 GROUP_SIZE = 32
 DEFAULT_LATENT_NORM_EPS = 1e-6
+
+# Far beyond any model, and small enough that no table built from a configuration exhausts memory.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 4096
+MAX_EXPERTS = 65536
+MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +139,16 @@ class _Section:
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
 
-    def integer(self, key: str, *, minimum: int = 1, default: int | None = None) -> int:
+    def integer(self, key: str, *, minimum: int = 1, maximum: int = MAX_SIZE, default: int | None = None) -> int:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise mismatch(self.where(key), expected=f"an integer >= {minimum}", found=_shown(value))
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise mismatch(self.where(key), expected=f"an integer in {minimum}..{maximum}", found=_shown(value))
         return value
 
-    def number(self, key: str, *, default: float | None = None) -> float:
+    def number(self, key: str, *, above: float = 0.0, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise mismatch(self.where(key), expected="a finite number > 0", found=_shown(value))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < MAX_NUMBER:
+            raise mismatch(self.where(key), expected=f"a finite number > {above:g}", found=_shown(value))
         return float(value)
 
     def boolean(self, key: str, *, default: bool) -> bool:
@@ -166,7 +171,10 @@ class _Section:
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    try:
+        text = "nothing" if value is None else repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a huge number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -223,11 +231,11 @@ def _text_config(section: _Section, *, latent_norm_eps: float) -> TextConfig:
     config = TextConfig(
         vocab_size=section.integer("vocab_size"),
         hidden_size=section.integer("hidden_size"),
-        num_hidden_layers=section.integer("num_hidden_layers"),
+        num_hidden_layers=section.integer("num_hidden_layers", maximum=MAX_LAYERS),
         first_k_dense_replace=section.integer("first_k_dense_replace", minimum=0, default=0),
         intermediate_size=section.integer("intermediate_size"),
         moe_intermediate_size=section.integer("moe_intermediate_size"),
-        n_routed_experts=section.integer("n_routed_experts"),
+        n_routed_experts=section.integer("n_routed_experts", maximum=MAX_EXPERTS),
         num_experts_per_tok=section.integer("num_experts_per_tok"),
         n_shared_experts=section.integer("n_shared_experts"),
         norm_topk_prob=section.boolean("norm_topk_prob", default=True),
@@ -241,7 +249,7 @@ def _text_config(section: _Section, *, latent_norm_eps: float) -> TextConfig:
         rms_norm_eps=section.number("rms_norm_eps"),
         latent_norm_eps=latent_norm_eps,
         max_position_embeddings=section.integer("max_position_embeddings"),
-        rope_theta=theta_owner.number("rope_theta"),
+        rope_theta=theta_owner.number("rope_theta", above=1.0),
         rope_scaling=_yarn_config(rope),
         bos_token_id=section.integer("bos_token_id", minimum=0),
         eos_token_id=section.integer("eos_token_id", minimum=0),
@@ -280,6 +288,9 @@ def _yarn_config(rope: _Section) -> YarnConfig:
     kind = rope.get("type", rope.get("rope_type"))
     if kind != "yarn":
         raise mismatch(f"config.json: {rope.name}.type", expected="'yarn'", found=_shown(kind))
+    # transformers' YaRN has two more settings that change the rotation.
+    rope.require("truncate", True, None)
+    rope.require("attention_factor", None)
     config = YarnConfig(
         factor=rope.number("factor"),
         original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
@@ -311,7 +322,7 @@ def _vision_config(section: _Section, text: TextConfig) -> VisionConfig:
         init_pos_emb_width=section.integer("init_pos_emb_width"),
         init_pos_emb_time=section.integer("init_pos_emb_time"),
         vt_hidden_size=section.integer("vt_hidden_size"),
-        vt_num_hidden_layers=section.integer("vt_num_hidden_layers"),
+        vt_num_hidden_layers=section.integer("vt_num_hidden_layers", maximum=MAX_LAYERS),
         vt_num_attention_heads=section.integer("vt_num_attention_heads"),
         vt_intermediate_size=section.integer("vt_intermediate_size"),
         merge_kernel_size=(2, 2),

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING as _MISSING
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -154,7 +154,10 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole of `manifest.json`, but for the constants `format`, `schema_version` and `ops`."""
+    """The whole of `manifest.json`, but for the constants `format`, `schema_version` and `ops`.
+
+    `content_sha256` is over all the rest (`content_hash`): it finds a manifest that was changed by hand.
+    """
 
     inputs_sha256: str
     options: dict[str, Any]
@@ -164,6 +167,7 @@ class Manifest:
     tensors: tuple[TensorGroup, ...]
     components: tuple[ComponentEntry, ...]
     tokenizer: tuple[FileEntry, ...]
+    content_sha256: str = ""
 
     def component(self, name: str) -> ComponentEntry:
         """The component of this name, or `InputError`."""
@@ -180,18 +184,27 @@ def manifest_to_json(manifest: Manifest) -> str:
     return _pretty(head | ops | _plain(manifest)) + "\n"
 
 
+def content_hash(manifest: Manifest) -> str:
+    """SHA-256 of the manifest's text with an empty `content_sha256`."""
+    return hashlib.sha256(manifest_to_json(replace(manifest, content_sha256="")).encode()).hexdigest()
+
+
 def manifest_from_json(text: str | bytes, *, where: str = MANIFEST_NAME) -> Manifest:
     """Parse and check a manifest. Raises `InputError` for bad JSON, unknown keys, versions or offsets."""
     values = json_object(text, where=where)
     if values.get("format") != FORMAT:
         raise mismatch(f"{where}: format", expected=repr(FORMAT), found=repr(values.get("format")))
-    if values.get("schema_version") != SCHEMA_VERSION:
+    version = values.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise mismatch(
             f"{where}: schema_version",
             expected=SCHEMA_VERSION,
             found=repr(values.get("schema_version")),
             hint="Export the checkpoint again with this version of k25-export.",
         )
+    ops = {"domain": signatures.DOMAIN, "version": signatures.VERSION}
+    if values.get("ops") != ops:
+        raise mismatch(f"{where}: ops", expected=ops, found=values.get("ops"))
     body = {key: value for key, value in values.items() if key not in ("format", "schema_version", "ops")}
     manifest: Manifest = _build(Manifest, body, where)
     _check_tensors(manifest, where)
@@ -269,7 +282,7 @@ def json_object(text: str | bytes, *, where: str) -> dict[str, Any]:
         values = json.loads(text)
     except UnicodeDecodeError as error:
         raise mismatch(where, expected="UTF-8 JSON", found=f"byte {error.start} is no UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSON, or an integer of thousands of digits
         raise mismatch(where, expected="JSON", found=str(error)) from error
     if not isinstance(values, dict):
         raise mismatch(where, expected="a JSON object", found=type(values).__name__)
@@ -399,4 +412,17 @@ def _scalar(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if type(value) not in accepted:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise mismatch(where, expected=names, found=f"{type(value).__name__} {value!r}")
-    return float(value) if float in kinds and int not in kinds else value
+    if float not in kinds or int in kinds:
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise mismatch(where, expected="a finite number", found=_digits(value))
+    return number
+
+
+def _digits(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -9,8 +9,9 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -31,24 +32,30 @@ ITEM_SIZES: Mapping[str, int] = {
 }
 
 
+class HeaderEntry(NamedTuple):
+    """One tensor; `start` and `stop` count from the start of the data. Equal shapes are one object: names are many."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class SafetensorsHeader:
-    """A checked header. `entries` maps a tensor name to its JSON object: `dtype`, `shape`, `data_offsets`.
-
-    `data_offsets` count from `data_start`. `sha256` is over the first `data_start` bytes of the file.
-    """
+    """A checked header: its tensors by name, and the SHA-256 of the first `data_start` bytes of the file."""
 
     file_bytes: int
     data_start: int
     sha256: str
-    entries: dict[str, dict[str, Any]]
+    entries: dict[str, HeaderEntry]
 
 
 def header_from_file(path: Path) -> SafetensorsHeader:
     """Read and check the header; `InputError` says what is wrong with which file and tensor.
 
     Checked: the length fits the file, the JSON is an object, each entry has a dtype, a shape and offsets of the right
-    length, and together they tile the data without gap or overlap (so a duplicate name is found as a gap).
+    length, and together they tile the data without gap or overlap (a duplicate name with other data leaves a gap).
     """
     try:
         with path.open("rb") as file:
@@ -65,32 +72,38 @@ def header_from_file(path: Path) -> SafetensorsHeader:
             text = file.read(length)
     except OSError as error:
         raise InputError(f"shard {path.name}: cannot be read: {error.strerror}") from error
-    entries = _entries_from_json(text, path.name)
+    entries = _checked_entries(_objects_from_json(text, path.name), path.name)
     data_start = LENGTH_BYTES + length
     _check_tiling(entries, file_bytes - data_start, path.name)
     digest = hashlib.sha256(prefix + text).hexdigest()
     return SafetensorsHeader(file_bytes=file_bytes, data_start=data_start, sha256=digest, entries=entries)
 
 
-def _entries_from_json(text: bytes, name: str) -> dict[str, dict[str, Any]]:
+def _objects_from_json(text: bytes, name: str) -> dict[str, Any]:
     try:
-        entries = orjson.loads(text)
+        objects = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise mismatch(f"shard {name}: header", expected="JSON", found=str(error)) from error
-    if not isinstance(entries, dict):
-        raise mismatch(f"shard {name}: header", expected="a JSON object", found=type(entries).__name__)
-    entries.pop("__metadata__", None)
-    return entries
+    if not isinstance(objects, dict):
+        raise mismatch(f"shard {name}: header", expected="a JSON object", found=type(objects).__name__)
+    objects.pop("__metadata__", None)
+    return objects
 
 
-def _check_tiling(entries: dict[str, dict[str, Any]], data_bytes: int, name: str) -> None:
-    spans: list[tuple[int, int]] = []
-    for tensor, entry in entries.items():
+def _checked_entries(objects: dict[str, Any], name: str) -> dict[str, HeaderEntry]:
+    """Each entry with a known dtype, a shape of sizes and offsets of that length."""
+    kinds: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}
+    entries = {}
+    are_plain = _are_plain(objects)
+    for tensor, entry in objects.items():
         try:
+            dtype, shape = entry["dtype"], entry["shape"]
             start, stop = entry["data_offsets"]
-            length = math.prod(entry["shape"]) * ITEM_SIZES[entry["dtype"]]
-            is_good = stop - start == length and start >= 0 and type(start) is type(stop) is int
-            is_good = is_good and min(entry["shape"], default=0) >= 0
+            key = (dtype, *shape)
+            is_good = are_plain or _are_plain({tensor: entry})
+            if is_good and key not in kinds and min(shape, default=0) >= 0:
+                kinds[key] = (dtype, key[1:], math.prod(shape) * ITEM_SIZES[dtype])
+            is_good = is_good and start >= 0 and stop - start == kinds[key][2]
         except (TypeError, KeyError, ValueError, OverflowError):
             is_good = False
         if not is_good:
@@ -99,10 +112,24 @@ def _check_tiling(entries: dict[str, dict[str, Any]], data_bytes: int, name: str
                 expected="a dtype, a shape and data_offsets that agree",
                 found=_shown(entry),
             )
-        spans.append((start, stop))
-    spans.sort()
+        dtype, sizes, _ = kinds[key]
+        entries[tensor] = HeaderEntry(dtype, sizes, start, stop)
+    return entries
+
+
+def _are_plain(objects: dict[str, Any]) -> bool:
+    """Whether shapes and offsets are lists of integers (in JSON 64.0 and true equal integers, but are none)."""
+    try:
+        lists = [entry[key] for entry in objects.values() for key in ("shape", "data_offsets")]
+    except (TypeError, KeyError):
+        return False
+    return set(map(type, lists)) <= {list} and set(map(type, chain.from_iterable(lists))) <= {int}
+
+
+def _check_tiling(entries: dict[str, HeaderEntry], data_bytes: int, name: str) -> None:
+    """Together the tensors cover the data without gap or overlap."""
     end = 0
-    for start, stop in spans:
+    for start, stop in sorted((entry.start, entry.stop) for entry in entries.values()):
         if start != end:
             raise mismatch(
                 f"shard {name}: tensor {_owner(entries, start)}",
@@ -119,10 +146,13 @@ def _check_tiling(entries: dict[str, dict[str, Any]], data_bytes: int, name: str
         )
 
 
-def _owner(entries: dict[str, dict[str, Any]], start: int) -> str:
-    return next(name for name, entry in entries.items() if entry["data_offsets"][0] == start)
+def _owner(entries: dict[str, HeaderEntry], start: int) -> str:
+    return next(name for name, entry in entries.items() if entry.start == start)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "JSON nested too deep"
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -20,24 +21,24 @@ def staged_folder(target: Path, *, is_ours: Callable[[Path], bool], what: str) -
     or an interrupt, the target is as before and the temporary folder is gone. Errors of the operating system (not
     writable, disk full) become `InputError`.
     """
-    if os.path.lexists(target) and not target.is_dir():
-        raise InputError(f"{what} {target}: expected a folder, found a file. Choose another name.")
-    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
-        raise InputError(f"{what} {target}: the folder is not empty and is no {what} of ours. Choose another name.")
-    target = target.resolve()
     try:
+        if os.path.lexists(target) and not target.is_dir():
+            raise InputError(f"{what} {target}: expected a folder, found a file. Choose another name.")
+        if target.is_dir() and any(target.iterdir()) and not is_ours(target):
+            raise InputError(f"{what} {target}: the folder is not empty and is no {what} of ours. Choose another name.")
+        target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{what} {target}: cannot be created: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {target}: cannot be created: {_reason(error)}") from error
     try:
         staging.chmod(0o755)
         yield staging
         _replace(staging, target)
     except OSError as error:
         where = f" ({Path(error.filename).name})" if isinstance(error.filename, str) else ""
-        raise InputError(f"{what} {target}: cannot be written: {error.strerror}{where}") from error
+        raise InputError(f"{what} {target}: cannot be written: {_reason(error)}{where}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -46,18 +47,22 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.partial-{os.getpid()}-"
 
 
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 def remove_leftovers(target: Path) -> None:
     """Remove what killed runs left beside `target`: folders whose process is gone."""
-    for path in target.parent.glob(f".{target.name}.partial-*-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-*-*"):
         owner = path.name.removeprefix(f".{target.name}.partial-").partition("-")[0]
-        if owner.isdigit() and not _is_alive(int(owner)):
+        if owner.isascii() and owner.isdigit() and not _is_alive(int(owner)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -65,20 +70,21 @@ def _is_alive(process: int) -> bool:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename over an empty or missing target; an existing one is moved aside first and then removed."""
+    """Rename over an empty or missing target; an existing one is moved aside first, and back on any error."""
     _sync(staging)
-    if target.is_dir() and any(target.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent)) / "old"
-        target.rename(aside)
-        try:
-            staging.rename(target)
-        except OSError:
-            aside.rename(target)
-            raise
-        finally:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-    else:
+    if not target.is_dir() or not any(target.iterdir()):
         staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    try:
+        target.rename(aside / "old")
+        staging.rename(target)
+    except BaseException:
+        if (aside / "old").is_dir() and not target.is_dir():
+            (aside / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -26,8 +26,11 @@ def tensor_groups(checkpoint: Checkpoint) -> tuple[TensorGroup, ...]:
     """Groups in the order of the patterns. Needs a checkpoint without problems."""
     groups: list[TensorGroup] = []
     for pattern in checkpoint.patterns:
-        for stem in [pattern.for_index(index) for index in pattern.indices] or [pattern.name]:
-            groups += _expert_groups(checkpoint, pattern, stem) if pattern.experts else [_single(checkpoint, stem)]
+        stems = [pattern.for_index(index) for index in pattern.indices] or [pattern.name]
+        for stem, names in zip(stems, pattern.families(), strict=True):
+            groups += (
+                _expert_groups(checkpoint, pattern, stem, names) if pattern.experts else [_single(checkpoint, stem)]
+            )
     return tuple(groups)
 
 
@@ -35,27 +38,23 @@ def _single(checkpoint: Checkpoint, name: str) -> TensorGroup:
     shard = checkpoint.shard_of[name]
     header = checkpoint.shards[shard].header
     entry = header.entries[name]
-    start, stop = entry["data_offsets"]
     return TensorGroup(
         name=name,
         shard=shard,
-        dtype=entry["dtype"],
-        shape=tuple(entry["shape"]),
-        length=stop - start,
-        offset=header.data_start + start,
+        dtype=entry.dtype,
+        shape=entry.shape,
+        length=entry.stop - entry.start,
+        offset=header.data_start + entry.start,
     )
 
 
-def _expert_groups(checkpoint: Checkpoint, pattern: TensorPattern, stem: str) -> list[TensorGroup]:
-    prefix, suffix = stem.split("{expert}")
-    shard_of = checkpoint.shard_of
+def _expert_groups(checkpoint: Checkpoint, pattern: TensorPattern, stem: str, names: list[str]) -> list[TensorGroup]:
     members: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for expert in range(pattern.experts):
-        name = f"{prefix}{expert}{suffix}"
-        shard = shard_of[name]
-        header = checkpoint.shards[shard].header
-        entry = header.entries[name]
-        members.setdefault((shard, entry["dtype"]), []).append((expert, header.data_start + entry["data_offsets"][0]))
+    places = map(checkpoint.shard_of.__getitem__, names)
+    headers = [shard.header for shard in checkpoint.shards]
+    for expert, (name, shard) in enumerate(zip(names, places, strict=True)):
+        dtype, _, start, _ = headers[shard].entries[name]
+        members.setdefault((shard, dtype), []).append((expert, headers[shard].data_start + start))
     return [
         TensorGroup(
             name=stem,

@@ -45,14 +45,19 @@ class TensorPattern:
         """The name with `{layer}` or `{block}` filled in; `{expert}` stays."""
         return self.name.replace("{layer}", str(index)).replace("{block}", str(index))
 
-    def names(self) -> Iterator[str]:
-        """Every tensor name of the family."""
+    def families(self) -> Iterator[list[str]]:
+        """The names for each `{layer}` or `{block}`: one name, or one for each expert in order."""
         for stem in [self.for_index(index) for index in self.indices] or [self.name]:
             if self.experts:
                 prefix, suffix = stem.split("{expert}")
-                yield from (f"{prefix}{expert}{suffix}" for expert in range(self.experts))
+                yield [f"{prefix}{expert}{suffix}" for expert in range(self.experts)]
             else:
-                yield stem
+                yield [stem]
+
+    def names(self) -> Iterator[str]:
+        """Every tensor name of the pattern."""
+        for family in self.families():
+            yield from family
 
 
 def tensor_patterns(config: ModelConfig) -> tuple[TensorPattern, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k25_export.checkpoint_files import file_in_checkpoint
-from k25_export.manifest import ComponentFile, FileEntry, Manifest, read_bundle_file
+from k25_export.manifest import ComponentFile, FileEntry, Manifest, content_hash, read_bundle_file
 from k25_export.shard_digests import (
     JOURNAL_NAME,
     ShardDigests,
@@ -86,6 +86,8 @@ def record_hashes(bundle: Path, manifest: Manifest, folder: Path, *, progress: P
 
 
 def _file_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    if manifest.content_sha256 != content_hash(manifest):
+        yield f"manifest.json: content_sha256: expected {content_hash(manifest)}, found {manifest.content_sha256}"
     entries: list[FileEntry | ComponentFile] = [file for component in manifest.components for file in component.files]
     for entry in [*entries, *manifest.tokenizer]:
         try:
