@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
+from click.utils import PacifyFlushWrapper
 
-from k25_plugins.errors import BackendMissingError, K25Error
+from k25_cli.interrupts import noted_interrupts
+from k25_plugins.errors import BackendMissingError, InputError, K25Error
 from k25_plugins.version import __version__
 
 EXIT_INTERNAL = 5
@@ -92,6 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one message on standard error."""
+    _open_missing_streams()
+    with noted_interrupts() as interrupts:
+        code = _run(arguments)
+    if interrupts and code != EXIT_INTERRUPTED:
+        # Something on the way swallowed the KeyboardInterrupt (a destructor, a library being loaded).
+        click.echo("k25-export: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         result: Any = cli.main(arguments, prog_name="k25-export", standalone_mode=False)
         sys.stdout.flush()
@@ -105,14 +120,38 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("k25-export: interrupted", err=True)
         return EXIT_INTERRUPTED
+    except SystemExit as error:
+        # click and rich end so where the reader of our output is gone (`| head`): not an error of ours.
+        is_broken_pipe = isinstance(error.__context__, BrokenPipeError) or type(sys.stdout) is PacifyFlushWrapper
+        return 0 if is_broken_pipe else int(error.code or 0)
     except BrokenPipeError:
-        # The reader of our output is gone (`| head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        click.echo(f"k25-export: the operating system refused: {error.strerror or error}{where}", err=True)
+        _drop_unwritten_output()
+        return InputError.exit_code
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+            click.echo("k25-export: interrupted", err=True)
+            return EXIT_INTERRUPTED
         traceback.print_exc()
         click.echo(
             f"k25-export: internal error: {type(error).__name__}: {error}. Please report it with the lines above.",
             err=True,
         )
         return EXIT_INTERNAL
+
+
+def _open_missing_streams() -> None:
+    """A closed standard stream (`1>&-`) is None in Python; libraries that print would fail."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  open until the end
+
+
+def _drop_unwritten_output() -> None:
+    """What a full disk refused would be tried again, and fail again, when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

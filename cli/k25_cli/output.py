@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from k25_cli.interrupts import raise_if_interrupted
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -30,6 +32,7 @@ class Output:
 
     def result(self, values: dict[str, Any], text: Callable[[], None]) -> None:
         """Print the result: the values as JSON, or whatever `text` prints."""
+        raise_if_interrupted()
         if self.as_json:
             click.echo(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=True))
         else:
@@ -44,7 +47,7 @@ class Output:
     def progress(self) -> Iterator[Progress]:
         """A progress bar on a terminal, plain lines elsewhere, nothing with `--quiet`."""
         if self.quiet:
-            yield lambda what, done, total: None
+            yield lambda what, done, total: raise_if_interrupted()
         elif sys.stderr.isatty():
             with _bar() as report:
                 yield report
@@ -57,6 +60,7 @@ def _plain_lines() -> Progress:
 
     def report(what: str, done: int, total: int) -> None:
         nonlocal last
+        raise_if_interrupted()
         if what != last:  # a line for each thing, not for each step of it
             click.echo(f"{what} ({done}/{total})" if total > 1 else what, err=True)
             last = what
@@ -73,7 +77,12 @@ def _bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+        def report(what: str, done: int, total: int) -> None:
+            raise_if_interrupted()
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:

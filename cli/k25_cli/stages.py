@@ -112,13 +112,22 @@ class ValidationResult:
     exit_code: int
 
 
+def require_reference(reference: str) -> None:
+    """Raise `BackendMissingError` where the packages of this reference are missing."""
+    require_extra("validate")
+    if reference == "transformers":
+        require_extra("transformers")
+
+
+def _report_values(page: Path, parity: dict[str, Any], *, is_reused: bool) -> dict[str, Any]:
+    return {"report": str(page), "report_reused": is_reused, **parity}
+
+
 def validate_bundle(
     bundle: Path, *, checkpoint: str | None, reference: str, stream: str, may_reuse: bool = False, progress: Progress
 ) -> ValidationResult:
     """Compare the bundle with the reference and write the report; `may_reuse` takes one of the same inputs instead."""
-    require_extra("validate")
-    if reference == "transformers":
-        require_extra("transformers")
+    require_reference(reference)
     from k25_export.manifest import REPORTS_FOLDER, read_manifest
     from k25_runtime.mapped_checkpoint import checkpoint_folder
     from k25_validate.validation_key import reusable_report, validation_key
@@ -132,7 +141,7 @@ def validate_bundle(
         if known is not None:
             verdict = "PASSED" if known["passed"] else "FAILED"
             return ValidationResult(
-                values={"report": str(page), "report_reused": True, **known},
+                values=_report_values(page, known, is_reused=True),
                 text=f"parity: {verdict} (report reused, nothing has changed)\nreport: {page}",
                 exit_code=0 if known["passed"] else VerificationError.exit_code,
             )
@@ -149,7 +158,7 @@ def validate_bundle(
     )
     write_report(report, bundle)
     return ValidationResult(
-        values={"report": str(page), "report_reused": False, **report_to_dict(report)},
+        values=_report_values(page, report_to_dict(report), is_reused=False),
         text=f"{report.summary()}\nreport: {page}",
         exit_code=0 if report.passed else VerificationError.exit_code,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -76,6 +77,11 @@ def bundle_from_checkpoint(
     the folder cannot be written; then nothing is left under its name.
     """
     checkpoint.require_no_problems()
+    if checkpoint.folder.is_relative_to(os.path.realpath(output)):
+        raise InputError(
+            f"bundle {output}: the checkpoint {checkpoint.folder} lies in it, and writing the bundle replaces the "
+            "folder whole. Choose another name."
+        )
     options = {"latent_norm_eps": checkpoint.config.text.latent_norm_eps, "precisions": list(precisions)}
     versions = tool_versions()
     tokenizer = _tokenizer_files(checkpoint.folder)

@@ -182,6 +182,8 @@ def model_config_from_dict(
     values: Mapping[str, Any], *, latent_norm_eps: float = DEFAULT_LATENT_NORM_EPS
 ) -> ModelConfig:
     """The configuration from the parsed `config.json`; `InputError` names the key that does not fit."""
+    if not 0 < latent_norm_eps < 1:
+        raise mismatch("latent_norm_eps", expected="a number in 0..1", found=latent_norm_eps)
     top = _Section("", values)
     if top.get("model_type") != MODEL_TYPE:
         raise mismatch(

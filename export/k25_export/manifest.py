@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING as _MISSING
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -27,6 +28,11 @@ COMPONENTS_FOLDER = "components"
 
 #: Bytes of one element of each safetensors dtype that a Kimi K2.5 checkpoint uses.
 STORED_ITEM_SIZES: Mapping[str, int] = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
+
+#: Inputs that the caller of a component gives; every other input is bound to the checkpoint.
+ACTIVATIONS = frozenset(
+    ("token_ids", "hidden", "cache", "positions", "query_start", "block_table", "residual_share", "rows")
+)
 
 _KEPT_NULLS = ("layers", "vision", "media_placeholder_token_id")
 
@@ -209,6 +215,7 @@ def manifest_from_json(text: str | bytes, *, where: str = MANIFEST_NAME) -> Mani
     manifest: Manifest = _build(Manifest, body, where)
     _check_tensors(manifest, where)
     _check_paths(manifest, where)
+    _check_components(manifest, where)
     return manifest
 
 
@@ -218,7 +225,8 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         text = path.read_bytes()
     except OSError as error:
-        reason = "no such folder" if not bundle.is_dir() else (error.strerror or "unreadable")
+        is_missing = isinstance(error, FileNotFoundError) and not os.path.lexists(bundle)
+        reason = "no such folder" if is_missing else (error.strerror or "unreadable")
         raise InputError(
             f"bundle {bundle}: cannot read {MANIFEST_NAME}: {reason}. "
             "`k25-export export CHECKPOINT --output BUNDLE` writes a bundle."
@@ -323,6 +331,36 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         folder, separator, name = path.partition("/")
         if not separator or not is_plain_file_name(folder) or not is_plain_file_name(name):
             raise mismatch(f"{where}: path", expected="folder/name inside the bundle", found=repr(path))
+
+
+def _check_components(manifest: Manifest, where: str) -> None:
+    """Every layer once, the two ends, and a source for every input that the caller does not give."""
+    names = [component.name for component in manifest.components]
+    for name in ("embed", "head"):
+        if names.count(name) != 1:
+            raise mismatch(f"{where}: components", expected=f"one {name}", found=names)
+    layers = sorted(layer for component in manifest.components for layer in component.layers or ())
+    if layers != list(range(manifest.model.text.num_hidden_layers)):
+        wanted = f"each of the layers 0..{manifest.model.text.num_hidden_layers - 1} once"
+        raise mismatch(f"{where}: components", expected=wanted, found=layers)
+    for component in manifest.components:
+        for file in component.files:
+            unbound = [port.name for port in file.inputs if port.name not in component.bindings.keys() | ACTIVATIONS]
+            if unbound:
+                label = f"{where}: component {component.name}: input {unbound[0]}"
+                raise mismatch(label, expected="a binding", found="none")
+        for name, binding in component.bindings.items():
+            _check_binding(binding, f"{where}: component {component.name}: input {name}")
+
+
+def _check_binding(binding: Binding, label: str) -> None:
+    if binding.rule in ("region", "offsets"):
+        if binding.row_bytes != signatures.REGION_ROW_BYTES:
+            raise mismatch(f"{label}: row_bytes", expected=signatures.REGION_ROW_BYTES, found=binding.row_bytes)
+        if not binding.tensors:
+            raise mismatch(f"{label}: tensors", expected="patterns of tensor names", found="none")
+    elif binding.tensor is None:
+        raise mismatch(label, expected="a tensor or a rule", found="neither")
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ def staged_folder(target: Path, *, is_ours: Callable[[Path], bool], what: str) -
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise InputError(f"{what} {target}: cannot be created: {_reason(error)}") from error
     try:
         staging.chmod(0o755)

@@ -11,6 +11,8 @@ from k25_plugins.errors import InputError
 
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file, text as UTF-8; missing parents are made. `InputError` where the operating system refuses."""
+    if not path.name:
+        raise InputError(f"{str(path)!r}: expected the name of a file")
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def _report(*values: float) -> ParityReport:
     )
     return ParityReport(
         key="k",
-        bundle={"inputs_sha256": "ab"},
+        subject={"inputs_sha256": "ab"},
         reference={"name": "plain"},
         runtime={},
         machine={},
@@ -146,7 +146,7 @@ def test_a_good_bundle_passes_with_every_section(reference: Any, exported: Any) 
     report = parity_report_from_bundle(exported.bundle, reference=reference)
     assert report.passed, report.summary()
     assert {check.section for check in report.checks} == {"components", "end to end", "decode", "batch"}
-    layers = report.bundle["layers"]
+    layers = report.subject["layers"]
     assert [row.layer for row in report.rows] == [None, *range(layers), None]
     values = {(check.section, check.metric): check.value for check in report.checks}
     assert values["end to end", "relative L2"] <= 2e-5

@@ -63,7 +63,8 @@ def top1_disagreements(
     not finite always disagrees.
     """
     rows = np.arange(len(expected))
-    gap = expected[rows, expected.argmax(axis=1)] - expected[rows, actual.argmax(axis=1)]
-    scale = np.sqrt(np.square(expected, dtype=np.float64).mean(axis=1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = expected[rows, expected.argmax(axis=1)] - expected[rows, actual.argmax(axis=1)]
+        scale = np.sqrt(np.square(expected, dtype=np.float64).mean(axis=1))
     is_finite = np.isfinite(actual).all(axis=1) & np.isfinite(expected).all(axis=1)
     return np.flatnonzero(~is_finite | (gap > margin * scale))

@@ -52,10 +52,11 @@ class ComponentRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Everything that a reader needs to decide whether the bundle may ship. `key` says what the result belongs to."""
+    """Everything that a reader needs to decide whether the bundle may ship. `key` says what the result belongs to,
+    `subject` what was judged."""
 
     key: str
-    bundle: dict[str, Any]
+    subject: dict[str, Any]
     reference: dict[str, str]
     runtime: dict[str, str]
     machine: dict[str, Any]

@@ -23,6 +23,10 @@ _ASSUMED: Mapping[str, Any] = {
 }
 
 
+class PlainReferenceError(ValueError):
+    """A configuration, a tensor or an argument that the formulas do not cover."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
     """The rotary scaling of the official `text_config`."""
@@ -67,9 +71,11 @@ class CheckpointTensors:
         """The tensor in its own dtype; its pages are read when it is used. Raises `ValueError` if it is missing."""
         shard = self._shard_of.get(name)
         if shard is None:
-            raise ValueError(f"{name}: expected in the weight_map of model.safetensors.index.json, found nothing")
+            raise PlainReferenceError(
+                f"{name}: expected in the weight_map of model.safetensors.index.json, found nothing"
+            )
         if Path(shard).name != shard:
-            raise ValueError(f"{name}: expected a plain file name as its shard, found {shard!r}")
+            raise PlainReferenceError(f"{name}: expected a plain file name as its shard, found {shard!r}")
         if shard not in self._shards:
             self._shards[shard] = safe_open(self._folder / shard, framework="pt")
         tensor: torch.Tensor = self._shards[shard].get_tensor(name)
@@ -85,11 +91,11 @@ def config_from_file(path: Path) -> PlainConfig:
     text: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["text_config"]
     for key, wanted in _ASSUMED.items():
         if text.get(key, wanted) != wanted:
-            raise ValueError(f"config.json: text_config.{key}: expected {wanted!r}, found {text[key]!r}")
+            raise PlainReferenceError(f"config.json: text_config.{key}: expected {wanted!r}, found {text[key]!r}")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}  # the second is transformers 5's spelling
     kind = rope.get("type", rope.get("rope_type"))
     if kind != "yarn":
-        raise ValueError(f"config.json: text_config.rope_scaling.type: expected 'yarn', found {kind!r}")
+        raise PlainReferenceError(f"config.json: text_config.rope_scaling.type: expected 'yarn', found {kind!r}")
     yarn = Yarn(**_members(Yarn, rope))
     theta = text.get("rope_theta") or rope.get("rope_theta")
     return PlainConfig(**_members(PlainConfig, {**text, "rope_theta": theta, "yarn": yarn}))
@@ -100,5 +106,5 @@ def _members(kind: type[Yarn] | type[PlainConfig], values: Mapping[str, Any]) ->
     found = {field.name: values[field.name] for field in fields(kind) if values.get(field.name) is not None}
     missing = [field.name for field in fields(kind) if field.name not in found and field.default is MISSING]
     if missing:
-        raise ValueError(f"config.json: text_config: expected {', '.join(missing)}, found nothing")
+        raise PlainReferenceError(f"config.json: text_config: expected {', '.join(missing)}, found nothing")
     return found

@@ -22,7 +22,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from k25_validate.plain_checkpoint import CheckpointTensors, PlainConfig, Yarn, config_from_file
+from k25_validate.plain_checkpoint import (
+    CheckpointTensors,
+    PlainConfig,
+    PlainReferenceError,
+    Yarn,
+    config_from_file,
+)
 
 #: Ids and weights [T, k] of the experts, and the scores [T, E] that the choice was made by.
 Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -44,7 +50,7 @@ class PlainModel:
         on_route: Callable[[int, npt.NDArray[np.int64]], None] | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
+            raise PlainReferenceError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
         self.dtype = dtype
         self._config = config_from_file(checkpoint / "config.json")
         self._tensors = CheckpointTensors(checkpoint)
@@ -84,16 +90,16 @@ class PlainModel:
         """The embedding [T, H]. Raises `ValueError` for no tokens, and for ids outside the vocabulary."""
         table_VH = self._tensors.stored(_MODEL_PREFIX + "embed_tokens.weight")
         if ids_T.numel() == 0:
-            raise ValueError("token_ids: expected at least one token, found none")
+            raise PlainReferenceError("token_ids: expected at least one token, found none")
         lowest, highest = int(ids_T.min()), int(ids_T.max())
         if lowest < 0 or highest >= len(table_VH):
-            raise ValueError(f"token_ids: expected ids in 0..{len(table_VH) - 1}, found {lowest}..{highest}")
+            raise PlainReferenceError(f"token_ids: expected ids in 0..{len(table_VH) - 1}, found {lowest}..{highest}")
         return table_VH[ids_T].to(self.dtype)
 
     def rotation(self, tokens: int, first_position: int) -> Rotation:
         """cos and sin [T, P/2] of each position's angles, with YaRN's multiplier (1 where both mscales are equal)."""
         if first_position < 0:
-            raise ValueError(f"first_position: expected 0 or more, found {first_position}")
+            raise PlainReferenceError(f"first_position: expected 0 or more, found {first_position}")
         positions_T = torch.arange(first_position, first_position + tokens).to(self.dtype)
         angles = positions_T[:, None] * self._inverse_frequencies_P
         yarn = self._config.yarn
@@ -177,7 +183,7 @@ class PlainModel:
         rows, columns = packed.shape[0], packed.shape[1] * 8
         stated = self._tensors.stored(name + ".weight_shape").tolist()
         if stated != [rows, columns] or len(scale_OG) != rows or columns % scale_OG.shape[1]:
-            raise ValueError(
+            raise PlainReferenceError(
                 f"{name}: expected packed codes, scales and weight_shape of one matrix, "
                 f"found {list(packed.shape)}, {list(scale_OG.shape)} and {stated}"
             )

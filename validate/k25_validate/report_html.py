@@ -173,7 +173,7 @@ def _chart(rows: tuple[ComponentRow, ...]) -> str:
 
 def _facts(report: ParityReport) -> str:
     groups = {
-        "bundle": report.bundle,
+        "bundle": report.subject,
         "reference": report.reference,
         "runtime": report.runtime,
         "machine": report.machine,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import onnxruntime
 
-from k25_export.manifest import REPORTS_FOLDER, Manifest
+from k25_export.manifest import REPORTS_FOLDER, Manifest, read_manifest
 from k25_plugins.errors import InputError
 from k25_plugins.version import __version__
 from k25_runtime.mapped_checkpoint import checkpoint_folder
@@ -63,16 +63,20 @@ def parity_report_from_bundle(
     not finite, or far off, is a failed check of the report, not an error.
     """
     started = time.monotonic()
+    read_manifest(bundle)  # what is no bundle is refused as that
     folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
-    with Runtime.open(
-        bundle,
-        checkpoint=checkpoint,
-        mode="exact",
-        context=CONTEXT,
-        max_sequences=CHAINS_OF_A_PROMPT * 4,
-        threads=threads,
-        bind_layers=False,
-    ) as runtime:
+    with (
+        _bad_weights_as_input_errors(),
+        Runtime.open(
+            bundle,
+            checkpoint=checkpoint,
+            mode="exact",
+            context=CONTEXT,
+            max_sequences=CHAINS_OF_A_PROMPT * 4,
+            threads=threads,
+            bind_layers=False,
+        ) as runtime,
+    ):
         manifest = runtime.manifest
         is_streamed = _is_streamed(stream, reference, manifest)
         prompts = built_in_prompts(runtime)
@@ -89,7 +93,7 @@ def parity_report_from_bundle(
         rows = component_rows(components, manifest.model.text)
         report = ParityReport(
             key=key,
-            bundle=_bundle_facts(manifest),
+            subject=_bundle_facts(manifest),
             reference={"name": judge.name, "precision": "float32", "experts": "(nibble - 8) * scale, exact in float32"},
             runtime={
                 "backend": "onnxruntime-cpu, function bodies",
@@ -114,6 +118,17 @@ def parity_report_from_bundle(
 
 
 @contextlib.contextmanager
+def _bad_weights_as_input_errors() -> Iterator[None]:
+    """The plain reference shares no code, so it has an error of its own."""
+    from k25_validate.plain_checkpoint import PlainReferenceError
+
+    try:
+        yield
+    except PlainReferenceError as error:
+        raise InputError(f"plain reference: {error}") from error
+
+
+@contextlib.contextmanager
 def _opened_reference(
     name: ReferenceName, folder: Path, manifest: Manifest, is_streamed: bool, progress: Progress
 ) -> Iterator[Reference]:
@@ -126,12 +141,8 @@ def _opened_reference(
     from k25_validate.plain_reference import PlainReference
 
     with ExpertReadAhead(manifest, folder) as ahead:
-        try:
-            on_route = ahead.read if is_streamed else None
-            reference = PlainReference(folder, latent_norm_eps=latent_norm_eps, on_route=on_route)
-        except (ValueError, OSError) as error:
-            raise InputError(f"plain reference: {error}") from error
-        yield reference
+        on_route = ahead.read if is_streamed else None
+        yield PlainReference(folder, latent_norm_eps=latent_norm_eps, on_route=on_route)
 
 
 def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -> bool:

@@ -16,11 +16,11 @@ _TOOLS = ("onnxruntime", "numpy", "torch")
 
 
 def validation_key(manifest: Manifest, *, reference: str, checkpoint: Path) -> str:
-    """SHA-256 over the export, the reference, size and modification time of the shards, versions and our own source."""
+    """SHA-256 over the export, the reference, size and times of the shards, versions and our own source."""
     stamps = []
     for shard in manifest.shards:
         status = file_in_checkpoint(checkpoint, shard.file).stat()
-        stamps.append([shard.file, status.st_size, status.st_mtime_ns])
+        stamps.append([shard.file, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     tools = (*_TOOLS, "transformers") if reference == "transformers" else _TOOLS
     facts = {
         "inputs_sha256": manifest.inputs_sha256,

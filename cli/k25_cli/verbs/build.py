@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from k25_cli.extras import require_extra
 from k25_cli.output import Output, output_options
-from k25_cli.stages import export_bundle, export_options, validate_bundle, validation_options
+from k25_cli.stages import export_bundle, export_options, require_reference, validate_bundle, validation_options
 from k25_plugins.errors import BackendMissingError
 
 
@@ -37,7 +36,7 @@ def command(
     """
     if target:
         raise BackendMissingError("--target: TensorRT engines are not there yet; see the README")
-    require_extra("validate")
+    require_reference(reference)
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
         export = export_bundle(
