@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Tensors are tiny here: threads that wait for each other cost more than they bring, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Sizes that have nothing in common with a preset: no powers of two, no multiples of 8, different head widths.
 ODD_SIZES = {

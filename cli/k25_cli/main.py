@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from k25_cli.interrupts import noted_interrupts
 from k25_plugins.errors import BackendMissingError, InputError, K25Error
@@ -122,7 +121,9 @@ def _run(arguments: list[str] | None) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as error:
         # click and rich end so where the reader of our output is gone (`| head`): not an error of ours.
-        is_broken_pipe = isinstance(error.__context__, BrokenPipeError) or type(sys.stdout) is PacifyFlushWrapper
+        is_broken_pipe = (
+            isinstance(error.__context__, BrokenPipeError) or type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        )
         return 0 if is_broken_pipe else int(error.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -120,7 +120,7 @@ def test_build_makes_everything_in_a_new_process(tiny: Any, checkpoint: Path, tm
             [COMMAND, "build", checkpoint, "--output", output, "--json"],
             stdout=out,
             stderr=err,
-            env={**os.environ, "PYTHONHASHSEED": "25"},
+            env={**os.environ, "PYTHONHASHSEED": "25", "OMP_NUM_THREADS": "1"},  # see _one_thread
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
