@@ -11,6 +11,11 @@ from types import FrameType
 _noted: list[int] = []
 
 
+def was_interrupted() -> bool:
+    """Whether a SIGINT arrived."""
+    return bool(_noted)
+
+
 def raise_if_interrupted() -> None:
     """Raise KeyboardInterrupt where a SIGINT arrived before and was swallowed."""
     if _noted:
@@ -31,8 +36,15 @@ def noted_interrupts() -> Iterator[list[int]]:
         _noted.append(number)
         signal.default_int_handler(number, frame)
 
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # cleans up on the way: nothing half-written stays
+
+    terminate = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, note)
+    if terminate is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield _noted
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, terminate)

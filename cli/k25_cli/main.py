@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from k25_cli.interrupts import noted_interrupts
+from k25_cli.interrupts import noted_interrupts, was_interrupted
 from k25_plugins.errors import BackendMissingError, InputError, K25Error
 from k25_plugins.version import __version__
 
@@ -134,7 +134,7 @@ def _run(arguments: list[str] | None) -> int:
         _drop_unwritten_output()
         return InputError.exit_code
     except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        if was_interrupted():  # a library made its own error of the KeyboardInterrupt
             click.echo("k25-export: interrupted", err=True)
             return EXIT_INTERRUPTED
         traceback.print_exc()

@@ -56,14 +56,15 @@ class Output:
 
 
 def _plain_lines() -> Progress:
-    last = ""
+    last: tuple[str, int] = ("", 0)
 
     def report(what: str, done: int, total: int) -> None:
         nonlocal last
         raise_if_interrupted()
-        if what != last:  # a line for each thing, not for each step of it
+        step = (what, 10 * done // max(total, 1))
+        if step != last:  # a line for each thing, and for each tenth of a long one
             click.echo(f"{what} ({done}/{total})" if total > 1 else what, err=True)
-            last = what
+            last = step
 
     return report
 

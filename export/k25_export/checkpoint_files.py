@@ -40,6 +40,8 @@ def file_in_checkpoint(folder: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"checkpoint {folder}: no file {name}. Is the download complete?") from error
+    if not real.is_file():
+        raise InputError(f"checkpoint {folder}: {name}: expected a file, found something else")
     root = _root_of(folder)
     if not real.is_relative_to(root):
         raise InputError(f"checkpoint {folder}: {name} leads out of {root}. Copy the file into the checkpoint folder.")

@@ -514,7 +514,7 @@ def test_a_failed_export_keeps_the_old_bundle(workshop: Workshop, tiny: Exported
 def test_a_foreign_folder_is_refused_and_kept(fresh: Workshop) -> None:
     fresh.bundle.mkdir()
     (fresh.bundle / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="not empty|lies in it"):
+    with pytest.raises(InputError, match=r"not empty|lies in it"):
         fresh.export()
     assert fresh.traced == []
     assert (fresh.bundle / "thesis.tex").read_text() == "years of work"
@@ -522,7 +522,7 @@ def test_a_foreign_folder_is_refused_and_kept(fresh: Workshop) -> None:
 
 
 def test_the_checkpoint_itself_is_no_place_for_the_bundle(fresh: Workshop) -> None:
-    with pytest.raises(InputError, match="not empty|lies in it"):
+    with pytest.raises(InputError, match=r"not empty|lies in it"):
         bundle_from_checkpoint(checkpoint_from_folder(fresh.checkpoint), fresh.checkpoint)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k25_cli.output import Output, output_options
-from k25_plugins.errors import BackendMissingError
+from k25_plugins.errors import BackendMissingError, InputError
 
 if TYPE_CHECKING:
     from k25_runtime.runtime import Runtime
@@ -46,7 +46,7 @@ class TokenIds(click.ParamType[list[int]]):
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the sequence may hold.")
 @click.option("--mode", type=click.Choice(["fast", "exact"]), help="[default: fast; exact with --save-logits]")
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: one for each core.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0, 1024), help="0: one for each core.")
 @output_options
 def command(bundle: Path, as_json: bool, quiet: bool, image: tuple[Path, ...], **options: Any) -> None:
     """Generate from BUNDLE, greedily unless a temperature is given."""
@@ -54,6 +54,9 @@ def command(bundle: Path, as_json: bool, quiet: bool, image: tuple[Path, ...], *
         raise BackendMissingError("--image: the vision component is not there yet; see the README")
     if (options["prompt"] is None) == (options["token_ids"] is None):
         raise click.UsageError("give either --prompt or --token-ids")
+    save = options["save_logits"]
+    if save is not None and (not save.name or save.is_dir()):
+        raise InputError(f"--save-logits {str(save)!r}: expected the name of a file")
     from k25_runtime.runtime import Runtime
 
     mode: Any = options["mode"] or ("exact" if options["save_logits"] else "fast")
