@@ -121,8 +121,8 @@ def _run(arguments: list[str] | None) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as error:
         # click and rich end so where the reader of our output is gone (`| head`): not an error of ours.
-        is_broken_pipe = (
-            isinstance(error.__context__, BrokenPipeError) or type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        is_broken_pipe = isinstance(error.__context__, BrokenPipeError) or type(sys.stdout).__name__.endswith(
+            "PacifyFlushWrapper"
         )
         return 0 if is_broken_pipe else int(error.code or 0)
     except BrokenPipeError:

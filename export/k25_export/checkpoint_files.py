@@ -41,7 +41,8 @@ def file_in_checkpoint(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise InputError(f"checkpoint {folder}: no file {name}. Is the download complete?") from error
     if not real.is_file():
-        raise InputError(f"checkpoint {folder}: {name}: expected a file, found something else")
+        kind = "Is a directory" if real.is_dir() else "no regular file"
+        raise InputError(f"checkpoint {folder}: {name} cannot be read: {kind}")
     root = _root_of(folder)
     if not real.is_relative_to(root):
         raise InputError(f"checkpoint {folder}: {name} leads out of {root}. Copy the file into the checkpoint folder.")

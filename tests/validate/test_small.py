@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +14,33 @@ pytestmark = pytest.mark.slow
 GIB = 1 << 30
 
 
-def _k25_export(*arguments: str) -> tuple[str, int]:
+# Not ru_maxrss: after a fork it starts at the parent's.
+PROGRAM = """
+import sys
+from k25_cli.main import run
+code = run(sys.argv[1:])
+sys.stdout.flush()
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak * 1024, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def _k25_export(*arguments: str, address_limit: int | None = None) -> tuple[str, int]:
     """Standard output and peak resident bytes of a child that must succeed."""
-    code = "import sys; from k25_cli.main import main; main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, text
-    return text, usage.ru_maxrss * 1024
+    done = _child(*arguments, address_limit=address_limit)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, int(done.stderr.splitlines()[-1])
+
+
+def _child(*arguments: str, address_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    limit = (
+        ""
+        if address_limit is None
+        else f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({address_limit},) * 2)"
+    )
+    command = [sys.executable, "-c", f"{limit}\n{PROGRAM}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
