@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from k25_export.manifest import (
     checkpoint_location_json,
     content_hash,
     is_bundle,
-    manifest_to_json,
     read_bundle_file,
     read_manifest,
+    sealed_manifest,
 )
 from k25_export.staging import staged_folder
 from k25_export.tensor_groups import shard_entries, tensor_groups
@@ -102,9 +102,9 @@ def bundle_from_checkpoint(
             components=components,
             tokenizer=tuple(_write_file(staging, f"{TOKENIZER_FOLDER}/{name}", data) for name, data in tokenizer),
         )
-        manifest = replace(manifest, content_sha256=content_hash(manifest))
+        manifest, text = sealed_manifest(manifest)
         (staging / REPORTS_FOLDER).mkdir()
-        (staging / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
+        (staging / MANIFEST_NAME).write_text(text, encoding="utf-8")
         (staging / LOCATION_NAME).write_text(checkpoint_location_json(checkpoint.folder), encoding="utf-8")
     return manifest, False
 

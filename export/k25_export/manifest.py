@@ -195,6 +195,15 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(manifest_to_json(replace(manifest, content_sha256="")).encode()).hexdigest()
 
 
+def sealed_manifest(manifest: Manifest) -> tuple[Manifest, str]:
+    """The manifest with its `content_sha256` filled in, and its text."""
+    text = manifest_to_json(replace(manifest, content_sha256=""))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    head, empty, tail = text.rpartition('"content_sha256": ""')
+    assert empty
+    return replace(manifest, content_sha256=digest), f'{head}"content_sha256": "{digest}"{tail}'
+
+
 def manifest_from_json(text: str | bytes, *, where: str = MANIFEST_NAME) -> Manifest:
     """Parse and check a manifest. Raises `InputError` for bad JSON, unknown keys, versions or offsets."""
     values = json_object(text, where=where)

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,7 @@ def _checked_entries(objects: dict[str, Any], name: str) -> dict[str, HeaderEntr
     kinds: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}
     entries = {}
     are_plain = _are_plain(objects)
+    new_entry = partial(tuple.__new__, HeaderEntry)  # what HeaderEntry(...) does, without a Python frame for each
     for tensor, entry in objects.items():
         try:
             dtype, shape = entry["dtype"], entry["shape"]
@@ -113,7 +115,7 @@ def _checked_entries(objects: dict[str, Any], name: str) -> dict[str, HeaderEntr
                 found=_shown(entry),
             )
         dtype, sizes, _ = kinds[key]
-        entries[tensor] = HeaderEntry(dtype, sizes, start, stop)
+        entries[tensor] = new_entry((dtype, sizes, start, stop))
     return entries
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,27 @@ def test_transformers_agrees(bundle: tuple[Path, int, dict[str, object]]) -> Non
     assert errors["end to end", "all prompts", "relative L2"] <= 2e-5
     assert errors["decode", "all prompts", "relative L2"] <= 2e-5
     assert errors["end to end", "all prompts", "top-1 disagreements"] == 0
+
+
+# Between the peaks of both ways (1.2 and 1.6 GB when this was written).
+MEMORY_LIMIT = 1_420_000_000
+
+
+def _validate_within(bundle: Path, limit: int, *, stream: str) -> int:
+    """Exit code of a validation that is killed when its resident memory passes the limit, as a container would."""
+    command = [sys.executable, "-c", PROGRAM, "validate", str(bundle), "--stream", stream, "--quiet"]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            resident = next((line for line in status.read_text().splitlines() if line.startswith("VmRSS")), "VmRSS: 0")
+            if int(resident.split()[1]) * 1024 > limit:
+                process.kill()
+            time.sleep(0.02)
+        return process.returncode
+
+
+def test_streamed_it_fits_where_it_otherwise_would_not(bundle: tuple[Path, int, dict[str, object]]) -> None:
+    folder, _, _ = bundle
+    assert _validate_within(folder, MEMORY_LIMIT, stream="on") == 0
+    assert _validate_within(folder, MEMORY_LIMIT, stream="off") == -9

@@ -20,7 +20,7 @@ from k25_runtime.runtime import Runtime
 from k25_validate.parity_checks import component_rows, parity_checks
 from k25_validate.parity_report import ParityReport
 from k25_validate.parity_walk import ParityWalk
-from k25_validate.prompts import built_in_prompts
+from k25_validate.prompts import Prompt, built_in_prompts
 from k25_validate.read_ahead import ExpertReadAhead
 from k25_validate.reference import Reference
 from k25_validate.validation_key import validation_key
@@ -52,10 +52,11 @@ def parity_report_from_bundle(
     reference: ReferenceName = "plain",
     reference_checkpoint: str | Path | None = None,
     stream: Stream = "auto",
+    prompts: tuple[Prompt, ...] | None = None,
     threads: int = 0,
     progress: Progress = _no_progress,
 ) -> ParityReport:
-    """Run the built-in prompts through the bundle and the reference and compare, layer by layer.
+    """Run the prompts (the built-in ones, unless given) through bundle and reference and compare, layer by layer.
 
     Streamed (`on`, or `auto` where the weights exceed the machine's memory) one layer's weights are held at a time, and
     the state after each layer is kept in `reports/` until the walk is done, so that an interrupted one goes on there.
@@ -72,14 +73,14 @@ def parity_report_from_bundle(
             checkpoint=checkpoint,
             mode="exact",
             context=CONTEXT,
-            max_sequences=CHAINS_OF_A_PROMPT * 4,
+            max_sequences=CHAINS_OF_A_PROMPT * (4 if prompts is None else len(prompts)),
             threads=threads,
             bind_layers=False,
         ) as runtime,
     ):
         manifest = runtime.manifest
         is_streamed = _is_streamed(stream, reference, manifest)
-        prompts = built_in_prompts(runtime)
+        prompts = built_in_prompts(runtime) if prompts is None else prompts
         key = validation_key(manifest, reference=reference, checkpoint=folder)
         with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
             walk = ParityWalk(runtime, judge, prompts)
