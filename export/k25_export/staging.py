@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -11,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from k25_plugins.errors import InputError
+from k25_plugins.whole_file import is_alive
+
+#: How often a rename is tried again when another build was faster.
+RACES = 20
 
 
 @contextlib.contextmanager
@@ -55,23 +60,28 @@ def remove_leftovers(target: Path) -> None:
     """Remove what killed runs left beside `target`: folders whose process is gone."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.partial-*-*"):
         owner = path.name.removeprefix(f".{target.name}.partial-").partition("-")[0]
-        if owner.isascii() and owner.isdigit() and not _is_alive(int(owner)):
+        if not is_alive(owner):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _replace(staging: Path, target: Path) -> None:
-    """Rename over an empty or missing target; an existing one is moved aside first, and back on any error."""
+    """Rename to `target`. What is there is moved aside first, and back on any error.
+
+    Another build may do the same at the same time: whoever renames last stands, and both succeed.
+    """
     _sync(staging)
+    for _ in range(RACES):
+        try:
+            _swap(staging, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not staging.is_dir():
+                raise
+            last = error
+    raise last
+
+
+def _swap(staging: Path, target: Path) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         staging.rename(target)
         return
