@@ -84,7 +84,7 @@ def cli() -> None:
     """Kimi K2.5 from its checkpoint to ONNX components that run, with numerical proof.
 
     Exit codes: 0 done; 1 parity or verification failed; 2 usage; 3 bad input; 4 a backend, target or verb is
-    missing; 5 an internal error.
+    missing; 5 an internal error; 130 interrupted.
     """
 
 
@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one message on standard error."""
     _open_missing_streams()
+    # PyTorch's threads would spin while ONNX Runtime computes, and the other way round: on two cores, and on busy
+    # machines, that costs more than it brings.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with noted_interrupts() as interrupts:
         code = _run(arguments)
     if interrupts and code != EXIT_INTERRUPTED:

@@ -17,7 +17,9 @@ Progress = Callable[[str, int, int], None]
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json` and `--quiet`."""
-    function = click.option("--quiet", "-q", is_flag=True, help="No progress; errors only.")(function)
+    function = click.option(
+        "--quiet", "-q", is_flag=True, help="No progress and no remarks: the result and errors only."
+    )(function)
     return click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")(
         function
     )

@@ -53,7 +53,7 @@ def command(bundle: Path, as_json: bool, quiet: bool, image: tuple[Path, ...], *
     if image:
         raise BackendMissingError("--image: the vision component is not there yet; see the README")
     if (options["prompt"] is None) == (options["token_ids"] is None):
-        raise click.UsageError("give either --prompt or --token-ids")
+        raise click.UsageError("give exactly one of --prompt and --token-ids")
     save = options["save_logits"]
     if save is not None and (not save.name or save.is_dir()):
         raise InputError(f"--save-logits {str(save)!r}: expected the name of a file")
@@ -101,6 +101,8 @@ def _generate(runtime: Runtime, output: Output, options: dict[str, Any]) -> None
             click.echo(token.text if runtime.files.has_tokenizer else f"{token.id} ", nl=False)
     if not output.as_json:
         click.echo()
+    if new_ids and not "".join(texts):
+        output.note("no text: the first token chosen was an end token")
     if options["save_logits"]:
         save_logits(
             options["save_logits"],
