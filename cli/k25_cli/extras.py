@@ -10,6 +10,7 @@ _MODULES = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "orjson"),
     "validate": ("torch", "onnx", "onnx_ir", "onnxscript", "orjson", "safetensors"),
     "transformers": ("transformers",),
+    "tensorrt-rtx": ("onnx",),  # TensorRT itself may be either flavour: k25_engines looks for it
 }
 
 

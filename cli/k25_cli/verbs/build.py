@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
+from k25_cli.engine_stage import compilation_values, compile_bundle, require_targets
 from k25_cli.output import Output, output_options
 from k25_cli.stages import export_bundle, export_options, require_reference, validate_bundle, validation_options
-from k25_plugins.errors import BackendMissingError
 
 
 @click.command("build")
 @click.argument("checkpoint")
 @export_options
 @validation_options
-@click.option("--target", multiple=True, help="Not there yet: TensorRT engines to build.")
+@click.option("--target", multiple=True, help="Also build TensorRT engines: sm80, sm120, ...; repeat it.")
 @output_options
 def command(
     checkpoint: str,
@@ -35,7 +35,7 @@ def command(
     Exit code 1 where a check fails.
     """
     if target:
-        raise BackendMissingError("--target: TensorRT engines are not there yet; see the README")
+        require_targets(target)
     require_reference(reference)
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
@@ -47,10 +47,15 @@ def command(
             cache_limit=cache_limit,
             progress=progress,
         )
+        compilation = compile_bundle(output, target, progress=progress) if target else None
         result = validate_bundle(
             output, checkpoint=checkpoint, reference=reference, stream=stream, may_reuse=True, progress=progress
         )
     bundle = str(output.resolve())
     values = {"bundle": bundle, "reused": export.is_reused, **result.values}
-    printer.result(values, lambda: click.echo(f"bundle: {bundle} ({export.reused})\n{result.text}"))
+    engines = ""
+    if compilation is not None:
+        values |= compilation_values(compilation)
+        engines = f"engines: {values['built']} built, {values['reused']} reused for {', '.join(target)}\n"
+    printer.result(values, lambda: click.echo(f"bundle: {bundle} ({export.reused})\n{engines}{result.text}"))
     return result.exit_code
