@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from k25_export.component_specs import ComponentSpec
 from k25_export.manifest import Binding
-from k25_export.tensor_patterns import EXPERT_PREFIX, TensorPattern
+from k25_export.tensor_patterns import EXPERT_PREFIX, POSITION_TABLE, TensorPattern
 from k25_plugins.signatures import EXPERT_TABLE_COLUMNS, REGION_ROW_BYTES
 
 EXPERT_TENSORS = tuple(f"{EXPERT_PREFIX}{projection}.{part}" for projection, part in EXPERT_TABLE_COLUMNS)
@@ -22,10 +22,11 @@ def component_bindings(
     """A binding for every weight input of a component, in the graph's order.
 
     Guarantees that every input is an activation or bound, and that every tensor pattern of the component is used
-    (the `weight_shape` tensors excepted: shapes come from the configuration).
+    (the `weight_shape` tensors excepted: shapes come from the configuration; and the table of positions, which the
+    runtime reads itself). The blocks of the vision tower are one graph, so each has inputs of its own.
     """
     activations = {port.name for port in spec.inputs}
-    known = {pattern.name: pattern for pattern in patterns if pattern.component == spec.name}
+    known = [name for pattern in patterns if pattern.component == spec.name for name in _binding_names(pattern)]
     bindings: dict[str, Binding] = {}
     for name in input_names:
         if name in _EXPERT_BINDINGS:
@@ -35,6 +36,11 @@ def component_bindings(
             bindings[name] = Binding(tensor=spec.prefix + name)
     used = {binding.tensor for binding in bindings.values()}
     used |= {tensor for binding in bindings.values() for tensor in binding.tensors or ()}
-    unused = [name for name in known if name not in used and not name.endswith(".weight_shape")]
+    unused = [name for name in known if name not in used and not name.endswith((".weight_shape", POSITION_TABLE))]
     assert not unused, f"{spec.name}: no input uses {unused}"
     return bindings
+
+
+def _binding_names(pattern: TensorPattern) -> list[str]:
+    """The names that bindings use: `{layer}` and `{expert}` stay, `{block}` is filled in."""
+    return list(pattern.names()) if pattern.index_symbol == "block" else [pattern.name]

@@ -7,15 +7,17 @@ no two axes are taken for one and none is specialised.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from k25_export.config import ModelConfig
+from k25_export.config import ModelConfig, VisionConfig
 from k25_export.manifest import Precision
 from k25_export.modules.components import DenseLayer, Embed, Head, MoeLayer
-from k25_export.tensor_patterns import LAYER_PREFIX, TEXT_PREFIX
+from k25_export.modules.vision import Vision
+from k25_export.passes.repeat_blocks import BlockStack
+from k25_export.tensor_patterns import BLOCK_PREFIX, LAYER_PREFIX, TEXT_PREFIX
 
 ACTIVATION_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,6 +30,9 @@ EXAMPLE_SIZES: Mapping[str, int] = {
     "blocks_per_sequence": 6,
     "expert_rows": 11,
     "rows": 9,
+    "patches": 24,
+    "media_tokens": 10,
+    "frames": 2,
 }
 
 
@@ -45,7 +50,10 @@ class InputSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentSpec:
-    """One kind of component. `prefix` is what the checkpoint's names have before the graph's input names."""
+    """One kind of component. `prefix` is what the checkpoint's names have before the graph's input names.
+
+    `build` makes the module with `stack.traced` blocks where there is a `stack`.
+    """
 
     name: str
     build: Callable[[torch.dtype], nn.Module]
@@ -53,6 +61,7 @@ class ComponentSpec:
     outputs: tuple[tuple[str, tuple[int | str, ...]], ...]
     prefix: str
     layers: tuple[int, ...] | None = None
+    stack: BlockStack | None = None
 
 
 def component_specs(config: ModelConfig) -> tuple[ComponentSpec, ...]:
@@ -118,4 +127,27 @@ def component_specs(config: ModelConfig) -> tuple[ComponentSpec, ...]:
             prefix=TEXT_PREFIX,
         )
     )
+    if config.vision is not None:
+        specs.append(_vision_spec(config.vision))
     return tuple(specs)
+
+
+def _vision_spec(vision: VisionConfig) -> ComponentSpec:
+    """The tower and the projector in one graph; its input names are the checkpoint's, so there is no prefix."""
+    angle_axes = ("patches", vision.vt_hidden_size // vision.vt_num_attention_heads // 2)
+    kernel = vision.merge_kernel_size[0] * vision.merge_kernel_size[1]
+    stack = BlockStack(prefix=BLOCK_PREFIX.removesuffix("{block}."), count=vision.vt_num_hidden_layers)
+    return ComponentSpec(
+        name="vision",
+        build=lambda activation: Vision(replace(vision, vt_num_hidden_layers=stack.traced)),
+        inputs=(
+            InputSpec(name="pixel_values", dtype=None, axes=("patches", 3, vision.patch_size, vision.patch_size)),
+            InputSpec(name="position_embedding", dtype=None, axes=("patches", vision.vt_hidden_size)),
+            InputSpec(name="rope_cos", dtype=torch.float32, axes=angle_axes),
+            InputSpec(name="rope_sin", dtype=torch.float32, axes=angle_axes),
+            InputSpec(name="merge_index", dtype=torch.int32, axes=("media_tokens", "frames", kernel)),
+        ),
+        outputs=(("media_embeddings", ("media_tokens", vision.text_hidden_size)),),
+        prefix="",
+        stack=stack,
+    )

@@ -31,7 +31,10 @@ STORED_ITEM_SIZES: Mapping[str, int] = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 #: Inputs that the caller of a component gives; every other input is bound to the checkpoint.
 ACTIVATIONS = frozenset(
-    ("token_ids", "hidden", "cache", "positions", "query_start", "block_table", "residual_share", "rows")
+    (
+        *("token_ids", "hidden", "cache", "positions", "query_start", "block_table", "residual_share", "rows"),
+        *("pixel_values", "position_embedding", "rope_cos", "rope_sin", "merge_index"),
+    )
 )
 
 _KEPT_NULLS = ("layers", "vision", "media_placeholder_token_id")
@@ -187,7 +190,7 @@ def manifest_to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`: sorted by meaning, one shard, tensor group or port a line, no machine's path."""
     head: dict[str, Any] = {"format": FORMAT, "schema_version": SCHEMA_VERSION}
     ops = {"ops": {"domain": signatures.DOMAIN, "version": signatures.VERSION}}
-    return _pretty(head | ops | _plain(manifest)) + "\n"
+    return pretty_json(head | ops | plain_value(manifest)) + "\n"
 
 
 def content_hash(manifest: Manifest) -> str:
@@ -221,7 +224,7 @@ def manifest_from_json(text: str | bytes, *, where: str = MANIFEST_NAME) -> Mani
     if values.get("ops") != ops:
         raise mismatch(f"{where}: ops", expected=ops, found=values.get("ops"))
     body = {key: value for key, value in values.items() if key not in ("format", "schema_version", "ops")}
-    manifest: Manifest = _build(Manifest, body, where)
+    manifest: Manifest = built_value(Manifest, body, where)
     _check_tensors(manifest, where)
     _check_paths(manifest, where)
     _check_components(manifest, where)
@@ -372,28 +375,28 @@ def _check_binding(binding: Binding, label: str) -> None:
         raise mismatch(label, expected="a tensor or a rule", found="neither")
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A dataclass as plain JSON values; members that are None are left out, except where null means something."""
     if is_dataclass(value):
         pairs = ((item.name, getattr(value, item.name)) for item in fields(value))
-        return {key: _plain(item) for key, item in pairs if item is not None or key in _KEPT_NULLS}
+        return {key: plain_value(item) for key, item in pairs if item is not None or key in _KEPT_NULLS}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | str):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     return value
 
 
-def _pretty(value: Any, indent: int = 0) -> str:
+def pretty_json(value: Any, indent: int = 0) -> str:
     """JSON with one innermost object or list a line: short, and readable in a diff."""
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     if not any(isinstance(item, dict) or (isinstance(item, list) and _has_object(item)) for item in items):
         return json.dumps(value, ensure_ascii=False)
     pad = "  " * (indent + 1)
     if isinstance(value, dict):
-        body = [f"{pad}{json.dumps(key)}: {_pretty(item, indent + 1)}" for key, item in value.items()]
+        body = [f"{pad}{json.dumps(key)}: {pretty_json(item, indent + 1)}" for key, item in value.items()]
         return "{\n" + ",\n".join(body) + "\n" + "  " * indent + "}"
-    body = [f"{pad}{_pretty(item, indent + 1)}" for item in value]
+    body = [f"{pad}{pretty_json(item, indent + 1)}" for item in value]
     return "[\n" + ",\n".join(body) + "\n" + "  " * indent + "]"
 
 
@@ -401,7 +404,7 @@ def _has_object(items: list[Any]) -> bool:
     return bool(items) and isinstance(items[0], dict)
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
+def built_value(kind: Any, value: Any, where: str) -> Any:
     """A value of an annotated type from plain JSON; unknown and missing keys are errors."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -409,7 +412,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return None
         options = [option for option in arguments if option is not type(None)]
         if len(options) == 1:
-            return _build(options[0], value, where)
+            return built_value(options[0], value, where)
         return _scalar(tuple(options), value, where)
     if origin is Literal:
         if value not in arguments:
@@ -421,14 +424,14 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if arguments[-1] is Ellipsis:
             if arguments[0] is int:
                 return _integers(value, where)
-            return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+            return tuple(built_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
         if len(value) != len(arguments):
             raise mismatch(where, expected=f"{len(arguments)} items", found=len(value))
-        return tuple(_build(item_kind, item, where) for item_kind, item in zip(arguments, value, strict=True))
+        return tuple(built_value(item_kind, item, where) for item_kind, item in zip(arguments, value, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise mismatch(where, expected="an object", found=type(value).__name__)
-        return {key: _build(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
+        return {key: built_value(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
     if hasattr(kind, "__dataclass_fields__"):
         return _dataclass(kind, value, where)
     return value if kind is Any else _scalar((kind,), value, where)
@@ -441,7 +444,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise mismatch(where, expected=f"the keys {', '.join(hints)}", found=f"the unknown key {unknown[0]!r}")
-    built = {key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+    built = {key: built_value(hints[key], item, f"{where}: {key}") for key, item in value.items()}
     missing = [item.name for item in fields(kind) if item.name not in built and item.default is _MISSING]
     if missing:
         raise mismatch(where, expected=f"the key {missing[0]!r}", found="nothing")

@@ -18,6 +18,7 @@ TEXT_PREFIX = "language_model."
 LAYER_PREFIX = "language_model.model.layers.{layer}."
 EXPERT_PREFIX = LAYER_PREFIX + "mlp.experts.{expert}."
 BLOCK_PREFIX = "vision_tower.encoder.blocks.{block}."
+POSITION_TABLE = "vision_tower.patch_embed.pos_emb.weight"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -153,7 +154,7 @@ def _vision_patterns(config: VisionConfig) -> Iterator[TensorPattern]:
     top: dict[str, tuple[int, ...]] = {
         "vision_tower.patch_embed.proj.weight": (hidden, 3, config.patch_size, config.patch_size),
         "vision_tower.patch_embed.proj.bias": (hidden,),
-        "vision_tower.patch_embed.pos_emb.weight": (
+        POSITION_TABLE: (
             config.init_pos_emb_height,
             config.init_pos_emb_width,
             hidden,

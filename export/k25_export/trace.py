@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -12,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+import torch.utils._triton as torch_triton
 from onnx_ir.passes.common import (
     DeduplicateInitializersPass,
     LiftConstantsToInitializersPass,
@@ -22,6 +25,7 @@ from k25_export.component_specs import ACTIVATION_DTYPES, EXAMPLE_SIZES, Compone
 from k25_export.manifest import Port, Precision
 from k25_export.passes.lift_weights import lift_weights
 from k25_export.passes.mark_plugins import mark_plugins
+from k25_export.passes.repeat_blocks import repeat_blocks
 from k25_export.passes.strip_metadata import strip_metadata
 from k25_export.traced_component import TracedComponent
 from k25_plugins.onnx_functions import OPSET, functions_for
@@ -30,7 +34,7 @@ from k25_plugins.signatures import DOMAIN, ONNX_DTYPES
 
 
 def traced_component_from_spec(spec: ComponentSpec, precision: Precision) -> TracedComponent:
-    """Trace, lift the weights to inputs, optimise, mark plugins, append function bodies, check.
+    """Trace, lift the weights to inputs, optimise, mark plugins, repeat blocks, append function bodies, check.
 
     The order matters: folding gives TensorRT its axes as constants, and is safe only once no meta weight is an
     initializer; bodies come last, or they would be inlined. Only constants are folded: the exporter's rewrite rules
@@ -47,8 +51,12 @@ def traced_component_from_spec(spec: ComponentSpec, precision: Precision) -> Tra
     strip_metadata(model)
     mark_plugins(model)
     proto = ir.serde.serialize_model(model)
+    if spec.stack is not None:
+        repeat_blocks(proto.graph, spec.stack)
     proto.functions.extend(functions_for({node.op_type for node in proto.graph.node if node.domain == DOMAIN}))
     _check(spec, proto)
+    del module, model
+    gc.collect()  # what torch leaves behind is cyclic: the next trace would come on top of it
     return TracedComponent(
         data=proto.SerializeToString(deterministic=True),
         inputs=tuple(_port(value) for value in proto.graph.input),
@@ -65,7 +73,7 @@ def _exported_model(spec: ComponentSpec, module: torch.nn.Module, activation: to
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in port.axes]
         examples.append(torch.empty(shape, dtype=port.dtype or activation, device="meta"))
         dynamic_shapes.append({index: symbols[axis] for index, axis in enumerate(port.axes) if isinstance(axis, str)})
-    with _quiet():
+    with _quiet(), _without_triton():
         program = torch.onnx.export(
             module,
             tuple(examples),
@@ -96,6 +104,21 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_triton() -> Iterator[None]:
+    """torch.export asks whether Triton is there, which loads 100 MB for nothing that tracing needs."""
+    if "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
+        for answer in (torch_triton.has_triton_package, torch_triton.has_triton):
+            answer.cache_clear()
 
 
 def _tidy_constants(model: ir.Model) -> None:

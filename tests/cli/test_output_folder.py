@@ -233,7 +233,7 @@ def test_missing_parents_are_created(
     values = exported(capfd, checkpoint, output)
     assert values["bundle"] == str(output)
     assert values["reused"] is False
-    assert values["components"] == ["embed", "dense_layer", "moe_layer", "head"]
+    assert values["components"] == ["embed", "dense_layer", "moe_layer", "head", "vision"]
     assert sorted(path.name for path in output.parent.iterdir()) == ["bundle"]
     assert run(["run", str(output), "--token-ids", "1", "--max-new-tokens", "1"]) == 0
 

@@ -29,7 +29,8 @@ from k25_export.manifest import Manifest, Precision, read_manifest
 from k25_export.traced_component import TracedComponent
 from k25_plugins.errors import InputError
 
-COMPONENTS = ["embed", "dense_layer", "moe_layer", "head"]
+COMPONENTS = ["embed", "dense_layer", "moe_layer", "head", "vision"]
+GRAPHS = 2 * len(COMPONENTS)  # fp32 and bf16
 TOKENIZER = ["tiktoken.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
 
 
@@ -112,7 +113,7 @@ def test_the_folder_is_as_specified(exported: ExportedFiles) -> None:
 def test_hashes_and_sizes_are_those_of_the_files(exported: ExportedFiles) -> None:
     values = manifest_values(exported.bundle)
     entries = [file for component in values["components"] for file in component["files"]] + values["tokenizer"]
-    assert len(entries) == 8 + 5
+    assert len(entries) == GRAPHS + 5
     for entry in entries:
         content = (exported.bundle / entry["path"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
@@ -155,6 +156,7 @@ def test_layers_of_the_components(exported: ExportedFiles) -> None:
         "dense_layer": list(range(first)),
         "moe_layer": list(range(first, count)),
         "head": None,
+        "vision": None,
     }
     assert list(layers) == COMPONENTS
 
@@ -174,6 +176,11 @@ def test_every_weight_input_is_bound_to_tensors_that_fit(exported: ExportedFiles
             "block_table",
             "residual_share",
             "rows",
+            "pixel_values",
+            "position_embedding",
+            "rope_cos",
+            "rope_sin",
+            "merge_index",
         }
         assert set(component["bindings"]) == set(inputs) - activations
         for name, binding in component["bindings"].items():
@@ -186,8 +193,9 @@ def test_every_weight_input_is_bound_to_tensors_that_fit(exported: ExportedFiles
                 bound.add(tensor)
                 dtype, shape = stored[tensor]
                 assert (dtypes[dtype], shape) == (inputs[name]["dtype"], inputs[name]["shape"]), tensor
-    text = {name for name in stored if name.startswith("language_model.") and ".experts." not in name}
-    assert bound == text
+    # The runtime reads the table of positions itself.
+    table = "vision_tower.patch_embed.pos_emb.weight"
+    assert bound == {name for name in stored if ".experts." not in name and name != table}
 
 
 def test_experts_are_bound_as_a_region_and_a_table(exported: ExportedFiles) -> None:
@@ -320,7 +328,7 @@ def test_a_damaged_bundle_is_written_again(
     damage(workshop.bundle / name)
     assert not workshop.export()[1]
     assert portable_files(workshop.bundle) == portable_files(tiny.bundle)
-    assert len(workshop.traced) == 8
+    assert len(workshop.traced) == GRAPHS
 
 
 def break_an_offset(values: dict[str, Any]) -> None:
@@ -359,7 +367,7 @@ def test_a_bundle_of_another_version_is_replaced_whole(
 
 
 def test_components_may_come_from_a_cache(workshop: Workshop, tiny: ExportedFiles, tmp_path: Path) -> None:
-    for expected in (8, 0):
+    for expected in (GRAPHS, 0):
         shutil.rmtree(workshop.bundle)
         workshop.traced.clear()
         assert not workshop.export(cache=ComponentCache(tmp_path / "cache"))[1]
@@ -368,7 +376,7 @@ def test_components_may_come_from_a_cache(workshop: Workshop, tiny: ExportedFile
     # Another configuration has other components.
     change_config(workshop.checkpoint)
     workshop.export(cache=ComponentCache(tmp_path / "cache"))
-    assert len(workshop.traced) == 8
+    assert len(workshop.traced) == GRAPHS
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, lambda path: path.write_bytes(b"")])
@@ -380,7 +388,7 @@ def test_a_damaged_cache_entry_is_traced_again(
         workshop.traced.clear()
         workshop.export(cache=ComponentCache(tmp_path / "cache"))
         entries = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-        assert len(workshop.traced) == len(entries) == 8
+        assert len(workshop.traced) == len(entries) == GRAPHS
         assert portable_files(workshop.bundle) == portable_files(tiny.bundle)
         for path in entries:
             damage(path)
@@ -560,7 +568,7 @@ def test_progress_counts_every_graph(workshop: Workshop) -> None:
     shutil.rmtree(workshop.bundle)
     calls: list[tuple[str, int, int]] = []
     workshop.export(progress=lambda what, done, total: calls.append((what, done, total)))
-    assert [done for _, done, _ in calls] == list(range(9))
-    assert {total for _, _, total in calls} == {8}
+    assert [done for _, done, _ in calls] == list(range(GRAPHS + 1))
+    assert {total for _, _, total in calls} == {GRAPHS}
     for name in COMPONENTS:
         assert any(name in what for what, _, _ in calls)

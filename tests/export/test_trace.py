@@ -333,9 +333,9 @@ def test_attributes_are_those_of_the_configuration(exported: ExportedFiles, comp
 @pytest.mark.parametrize(
     ("first", "expected"),
     [
-        (0, [("embed", None), ("moe_layer", (0, 1, 2, 3)), ("head", None)]),
-        (1, [("embed", None), ("dense_layer", (0,)), ("moe_layer", (1, 2, 3)), ("head", None)]),
-        (4, [("embed", None), ("dense_layer", (0, 1, 2, 3)), ("head", None)]),
+        (0, [("embed", None), ("moe_layer", (0, 1, 2, 3)), ("head", None), ("vision", None)]),
+        (1, [("embed", None), ("dense_layer", (0,)), ("moe_layer", (1, 2, 3)), ("head", None), ("vision", None)]),
+        (4, [("embed", None), ("dense_layer", (0, 1, 2, 3)), ("head", None), ("vision", None)]),
     ],
 )
 def test_each_kind_is_one_component(tiny: ExportedFiles, first: int, expected: list[tuple[str, Any]]) -> None:

@@ -16,12 +16,12 @@ from k25_cli.output import Output, output_options
     "--preset",
     default="tiny",
     show_default=True,
-    help="tiny (1.3 MB), small (486 M parameters) or full-sparse (595 GB of holes).",
+    help="tiny (1.3 MB), small (486 M parameters), full-sparse (595 GB of holes) or trained (1.3 MB, adds, copies).",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the random weights.")
 @output_options
 def command(folder: Path, preset: str, seed: int, as_json: bool, quiet: bool) -> None:
-    """Write a checkpoint in Kimi K2.5's official layout, with random weights, to FOLDER."""
+    """Write a checkpoint in Kimi K2.5's official layout, with random weights (or trained ones), to FOLDER."""
     require_extra("export")
     from k25_export.demo.checkpoint import write_demo_checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -15,15 +16,17 @@ from k25_export.demo.training_words import training_words
 _VISIBLE_OFFSETS = frozenset({11, 12, 13, 14, 15, 22, 23})
 
 
-def small_files(*, vocab_size: int, context_length: int) -> dict[str, bytes]:
+def small_files(*, vocab_size: int, context_length: int, words: Mapping[bytes, int] | None = None) -> dict[str, bytes]:
     """File name → content, everything beside `config.json`, the shards and their index.
 
-    The same for every seed of the weights.
+    The same for every seed of the weights. `words`, weighted, are what the tokenizer is made from (None: those of
+    `training_words`).
     """
     ranks = vocab_size - SPECIAL_ID_COUNT
+    words = training_words(ranks) if words is None else words
     template = resources.files(__package__).joinpath("chat_template.jinja").read_text("utf-8")
     return {
-        "tiktoken.model": tiktoken_lines(train_byte_pairs(training_words(ranks), ranks)),
+        "tiktoken.model": tiktoken_lines(train_byte_pairs(words, ranks)),
         "tokenizer_config.json": json_bytes(_tokenizer_config(vocab_size, context_length)),
         "chat_template.jinja": template.encode(),
         "generation_config.json": json_bytes(_generation_config(vocab_size)),
