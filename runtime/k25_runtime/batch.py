@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from k25_runtime.media_tokens import PlacedMedia, joined_media
 from k25_runtime.sequence import Sequence
 
 Int32 = npt.NDArray[np.int32]
@@ -15,12 +16,16 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """`token_ids`, `positions` [T]; `query_start` [S + 1]; `block_table` [S, blocks]; all int32."""
+    """`token_ids`, `positions` [T]; `query_start` [S + 1]; `block_table` [S, blocks]; all int32.
+
+    `media` are the embeddings that replace those of placeholder tokens.
+    """
 
     token_ids: Int32
     positions: Int32
     query_start: Int32
     block_table: Int32
+    media: PlacedMedia | None = None
 
     @property
     def tokens(self) -> int:
@@ -28,8 +33,13 @@ class Batch:
         return len(self.token_ids)
 
 
-def batch_from_chunks(chunks: Sequence_[tuple[Sequence, Sequence_[int]]]) -> Batch:
-    """Pack the next tokens of each sequence; its blocks must have been reserved. Unused table entries are 0."""
+def batch_from_chunks(
+    chunks: Sequence_[tuple[Sequence, Sequence_[int]]], media: Sequence_[PlacedMedia | None] | None = None
+) -> Batch:
+    """Pack the next tokens of each sequence; its blocks must have been reserved. Unused table entries are 0.
+
+    `media` holds, for each chunk, what stands among its tokens.
+    """
     counts = [len(tokens) for _, tokens in chunks]
     positions = [np.arange(sequence.length, sequence.length + len(tokens)) for sequence, tokens in chunks]
     width = max(len(sequence.blocks) for sequence, _ in chunks)
@@ -41,4 +51,5 @@ def batch_from_chunks(chunks: Sequence_[tuple[Sequence, Sequence_[int]]]) -> Bat
         positions=np.concatenate(positions).astype(np.int32),
         query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         block_table=table,
+        media=None if media is None else joined_media(list(zip(counts, media, strict=True))),
     )

@@ -29,6 +29,11 @@ class HostTensor:
     def __post_init__(self) -> None:
         assert self.array.dtype == STORAGE_DTYPES[self.dtype], (self.array.dtype, self.dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.array.shape
+
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The values as float32 (exact for bfloat16)."""
         return bfloat16_to_float32(self.array) if self.dtype == "bfloat16" else self.array.astype(np.float32)

@@ -19,8 +19,9 @@ from k25_export.manifest import (
     Tensor,
     read_checkpoint_location,
 )
-from k25_export.tensor_table import NOT_HELD, Table, TensorTable, for_layer
+from k25_export.tensor_table import Table, TensorTable, for_layer
 from k25_plugins.errors import InputError, mismatch
+from k25_runtime.expert_layout import ScatteredBytes, ScatteredTensor, expert_layout
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor
 
 CHECKPOINT_VARIABLE = "K25_CHECKPOINT"
@@ -52,6 +53,32 @@ class MappedCheckpoint:
             name: self._bound(binding, layer, dtypes[name], f"{component.name}: input {name}")
             for name, binding in component.bindings.items()
         }
+
+    def weights_to_copy(
+        self, component: ComponentEntry, layer: int | None, precision: str, *, alignment: int
+    ) -> dict[str, HostTensor | ScatteredTensor]:
+        """Every weight input of an instance, for a backend that copies: expert tensors at multiples of `alignment`.
+
+        The experts come as pieces of the map; nothing of them is read here.
+        """
+        dtypes = {port.name: port.dtype for port in component.file(precision).inputs}
+        layouts: dict[tuple[str, ...], tuple[ScatteredBytes, Table]] = {}
+        found: dict[str, HostTensor | ScatteredTensor] = {}
+        for name, binding in component.bindings.items():
+            if binding.tensors is None or binding.row_bytes is None:
+                found[name] = self._bound(binding, layer, dtypes[name], f"{component.name}: input {name}")
+                continue
+            names = tuple(for_layer(pattern, layer) for pattern in binding.tensors)
+            if names not in layouts:
+                layouts[names] = self._layout(names, row_bytes=binding.row_bytes, alignment=alignment)
+            source, table = layouts[names]
+            if binding.rule == "offsets":
+                found[name] = HostTensor(table, "int64")
+                continue
+            columns = binding.row_bytes // np.dtype(STORAGE_DTYPES[dtypes[name]]).itemsize
+            shape = (source.size // binding.row_bytes, columns)
+            found[name] = ScatteredTensor(source=source, dtype=dtypes[name], shape=shape)
+        return found
 
     def tensor(self, name: str) -> HostTensor:
         """A tensor by its full name, as stored."""
@@ -110,18 +137,11 @@ class MappedCheckpoint:
         return self._regions[names]
 
     def _copied_region(self, names: tuple[str, ...], row_bytes: int) -> tuple[Bytes, Table]:
-        columns = [list(self._table.experts(name)) for name in names]
-        rows = sum(-(-tensor.length // row_bytes) for column in columns for _, tensor in column)
-        experts = 1 + max(expert for column in columns for expert, _ in column)
-        buffer = np.zeros(rows * row_bytes, np.uint8)
-        table = np.full((experts, len(names)), NOT_HELD, np.int64)
-        row = 0
-        for index, column in enumerate(columns):
-            for expert, tensor in column:
-                buffer[row * row_bytes : row * row_bytes + tensor.length] = self._bytes(tensor)
-                table[expert, index] = row
-                row += -(-tensor.length // row_bytes)
-        return buffer, table
+        source, table = self._layout(names, row_bytes=row_bytes, alignment=row_bytes)
+        return source.gathered(), table
+
+    def _layout(self, names: tuple[str, ...], *, row_bytes: int, alignment: int) -> tuple[ScatteredBytes, Table]:
+        return expert_layout(self._table, names, row_bytes=row_bytes, alignment=alignment, bytes_of=self._bytes)
 
 
 def _sliced(array: npt.NDArray[Any], binding: Binding, where: str) -> npt.NDArray[Any]:

@@ -1,4 +1,8 @@
-"""ONNX Runtime on a CPU: the embedded default. Weights are inputs bound over the mapped shards: nothing is copied."""
+"""ONNX Runtime on a CPU: the embedded default. Weights are inputs bound over the mapped shards: nothing is copied.
+
+With the native library the `k25` ops run on its kernels, straight from the shard's bytes; without it on their function
+bodies.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,43 @@ from typing import Any
 import onnxruntime as ort
 
 from k25_plugins.errors import InputError, K25Error
+from k25_plugins.native_library import Mode, native_library
 from k25_plugins.signatures import ONNX_DTYPES
+from k25_runtime.backend import HostBackend, Step
 from k25_runtime.host_tensor import HostTensor
+from k25_runtime.step_buffers import StepBuffers
 
 _ERROR_SEVERITY = 3
+_ORT_VALUE = "_ort_value"
 
 
 class OnnxRuntimeInstance:
-    """An IOBinding with the weights bound once."""
+    """An IOBinding with the weights bound once; what is bound already is not bound again."""
 
     def __init__(self, session: ort.InferenceSession, weights: Mapping[str, ort.OrtValue], label: str) -> None:
         self._session = session
         self._label = label
         self._weights = weights
         self._binding = session.io_binding()
+        self._inputs: dict[str, ort.OrtValue] = {}
+        self._outputs: dict[str, ort.OrtValue] = {}
         for name, value in weights.items():
             self._binding.bind_ortvalue_input(name, value)
 
     def run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
         """Run on OrtValues; `K25Error` carries ONNX Runtime's message."""
+        bound_inputs, bound_outputs = self._inputs, self._outputs
         try:
             for name, value in inputs.items():
-                self._binding.bind_ortvalue_input(name, value)
+                if bound_inputs.get(name) is not value:
+                    bound_inputs.pop(name, None)
+                    self._binding.bind_ortvalue_input(name, value)
+                    bound_inputs[name] = value
             for name, value in outputs.items():
-                self._binding.bind_ortvalue_output(name, value)
+                if bound_outputs.get(name) is not value:
+                    bound_outputs.pop(name, None)
+                    self._binding.bind_ortvalue_output(name, value)
+                    bound_outputs[name] = value
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise K25Error(f"{self._label}: ONNX Runtime failed: {error}") from error
@@ -50,21 +67,44 @@ class OnnxRuntimeComponent:
         return OnnxRuntimeInstance(self._session, values, self._label)
 
 
-class OnnxRuntimeCpu:
-    """The CPU execution provider with the function bodies of the `k25` ops."""
+class OnnxRuntimeCpu(HostBackend):
+    """The CPU execution provider with the native kernels of the `k25` ops, or else their function bodies."""
 
     name = "onnxruntime-cpu"
 
-    def __init__(self, *, threads: int = 0) -> None:
-        """`threads` for each operator; 0 takes ONNX Runtime's default, one for each core."""
+    def __init__(self, *, threads: int = 0, mode: Mode = "fast") -> None:
+        """`threads` for each operator; 0 takes ONNX Runtime's default, one for each core.
+
+        In mode `fast` the native ops may use bf16 dot products with float32 sums; `exact` computes in float32.
+        """
+        self._mode: Mode = mode
+        self._buffers = StepBuffers()
+        self._native = native_library()
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads
         self._options.log_severity_level = _ERROR_SEVERITY
         # One session a component kind: idle pools must not spin against the one at work.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._native is not None:
+            try:
+                self._options.register_custom_ops_library(str(self._native.path))
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                raise InputError(
+                    f"native library {self._native.path}: ONNX Runtime {ort.__version__} refuses it: {error}. "
+                    "Build it again: make setup; or do without it: K25_NATIVE=off"
+                ) from error
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What a report should say of how the ops are computed."""
+        if self._native is None:
+            return {"native ops": "none: function bodies, float32"}
+        return {"native ops": f"{self._native.version}, {self._native.isa}, {self._mode}"}
 
     def load(self, data: bytes, *, label: str) -> OnnxRuntimeComponent:
         """Load a component; `InputError` where ONNX Runtime refuses the file."""
+        if self._native is not None:
+            self._native.set_session_mode(self._mode)
         try:
             session = ort.InferenceSession(data, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -72,8 +112,25 @@ class OnnxRuntimeCpu:
         return OnnxRuntimeComponent(session, label)
 
     def buffer(self, tensor: HostTensor) -> ort.OrtValue:
-        """An OrtValue over the tensor's memory."""
-        return ort_value(tensor)
+        """An OrtValue over the tensor's memory, one for each tensor."""
+        kept = tensor.__dict__
+        value = kept.get(_ORT_VALUE)
+        if value is None:
+            value = kept[_ORT_VALUE] = ort_value(tensor)
+        return value
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
+        """An array, inside a step one that lives until the next."""
+        return self._buffers.empty(shape, dtype)
+
+    def step(self, function: Step, inputs: Mapping[str, HostTensor]) -> HostTensor | None:
+        """Call the function on arrays that the steps share."""
+        result: HostTensor | None = None
+        try:
+            result = function(self._buffers.begin(inputs))
+        finally:
+            result = self._buffers.end(result)
+        return result
 
 
 def ort_value(tensor: HostTensor) -> Any:

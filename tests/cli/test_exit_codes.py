@@ -140,13 +140,11 @@ def test_planned_verbs_say_so(capfd: pytest.CaptureFixture[str], verb: str, rest
     failed(capfd, [verb, *rest], 4, f"k25-export: {verb}", "not there yet")
 
 
-def test_images_are_not_there_yet(capfd: pytest.CaptureFixture[str], tiny: Any) -> None:
-    failed(capfd, ["run", str(tiny.bundle), "--token-ids", "1", "--image", "cat.png"], 4, "--image")
-
-
-def test_targets_are_not_there_yet(capfd: pytest.CaptureFixture[str], tiny: Any, tmp_path: Path) -> None:
-    arguments = ["build", str(tiny.checkpoint), "--output", str(tmp_path / "bundle"), "--target", "sm120"]
-    failed(capfd, arguments, 4, "--target")
+def test_a_target_that_cannot_be_built_is_said_before_anything_is_written(
+    capfd: pytest.CaptureFixture[str], tiny: Any, tmp_path: Path
+) -> None:
+    arguments = ["build", str(tiny.checkpoint), "--output", str(tmp_path / "bundle"), "--target", "sm90"]
+    failed(capfd, arguments, 4, "target sm90")
     assert list(tmp_path.iterdir()) == []
 
 

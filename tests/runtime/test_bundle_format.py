@@ -380,13 +380,16 @@ def test_every_input_of_every_graph_is_explained(exported: Any) -> None:
         "dense_layer": {"hidden", "cache", "positions", "query_start", "block_table"},
         "moe_layer": {"hidden", "cache", "positions", "query_start", "block_table", "residual_share"},
         "head": {"hidden", "rows"},
+        "vision": {"pixel_values", "position_embedding", "rope_cos", "rope_sin", "merge_index"},
     }
     results = {
         "embed": ["hidden"],
         "dense_layer": ["hidden_out", "cache_out"],
         "moe_layer": ["hidden_out", "cache_out", "expert_ids", "expert_weights"],
         "head": ["logits"],
+        "vision": ["media_embeddings"],
     }
+    assert described.keys() == {entry["name"] for entry in bundle.manifest["components"]}
     for component, free in described.items():
         entry = bundle.component(component)
         assert [file["precision"] for file in entry["files"]] == bundle.manifest["options"]["precisions"]
@@ -397,7 +400,8 @@ def test_every_input_of_every_graph_is_explained(exported: Any) -> None:
             assert entry["bindings"].keys() <= inputs.keys()
             assert [given["name"] for given in file["outputs"]] == results[component]
             activation = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-            assert {inputs[name]["dtype"] for name in free & {"hidden", "cache"}} <= {activation}
+            activations = {"hidden", "cache", "pixel_values", "position_embedding"}
+            assert {inputs[name]["dtype"] for name in free & activations} <= {activation}
         for layer in entry["layers"] or [0]:
             for name, binding in entry["bindings"].items():
                 if "rule" not in binding:
@@ -410,7 +414,7 @@ def test_graphs_hold_inputs_and_outputs_as_the_manifest_lists_them(exported: Any
     bundle = Bundle(exported.bundle)
     kinds = {"tensor(float)": "float32", "tensor(bfloat16)": "bfloat16"}
     kinds.update({"tensor(int32)": "int32", "tensor(int64)": "int64"})
-    for component in ("embed", "dense_layer", "moe_layer", "head"):
+    for component in ("embed", "dense_layer", "moe_layer", "head", "vision"):
         file = bundle.file(component, "fp32")
         session = onnxruntime.InferenceSession(bundle.folder / file["path"], providers=["CPUExecutionProvider"])
         for listed, found in ((file["inputs"], session.get_inputs()), (file["outputs"], session.get_outputs())):

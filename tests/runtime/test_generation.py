@@ -17,6 +17,7 @@ import torch
 
 from k25_plugins.errors import InputError, VerificationError
 from k25_runtime import Runtime
+from k25_runtime.backend import HostBackend
 from k25_runtime.generation import finish_reason, generated_tokens
 from k25_runtime.host_tensor import HostTensor
 from k25_runtime.onnxruntime_cpu import OnnxRuntimeCpu, ort_value
@@ -29,7 +30,7 @@ TEXT = "né 日本 😀!"
 
 
 @dataclass
-class Script:
+class Script(HostBackend):
     """A backend whose head makes the scripted ids the likeliest, one a call; NaN where the script says None."""
 
     ids: Sequence[int | None]
@@ -98,7 +99,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runtime(exported: Any) -> Runtime:
-    return Runtime.open(exported.bundle, context=64, max_sequences=2, threads=1)
+    return Runtime.open(exported.bundle, context=64, max_sequences=2, threads=1, mode="exact")
 
 
 @pytest.fixture

@@ -162,6 +162,8 @@ def all_weights(bundle: Path, checkpoint: Path) -> dict[tuple[str, int | None], 
 
 
 def full_name(component: str, layer: int | None, port: str) -> str:
+    if component == "vision":
+        return port
     return f"language_model.{port}" if layer is None else f"language_model.model.layers.{layer}.{port}"
 
 

@@ -24,6 +24,7 @@ import torch
 
 from k25_plugins.errors import BackendMissingError, InputError
 from k25_runtime import Runtime
+from k25_runtime.backend import HostBackend
 from k25_runtime.host_tensor import HostTensor
 from k25_runtime.onnxruntime_cpu import OnnxRuntimeCpu
 from k25_validate.metrics import relative_l2
@@ -33,6 +34,8 @@ from k25_validate.reference import ReferenceTrace
 Float32 = npt.NDArray[np.float32]
 
 TOLERANCE, SAME = 2e-5, 2e-6
+#: bfloat16 keeps 8 bits.
+FAST = 0.05
 CONTEXT = 64
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "orjson"}
 
@@ -55,7 +58,8 @@ class Model:
         return config
 
     def open(self, **options: Any) -> Runtime:
-        return Runtime.open(self.bundle, **{"context": CONTEXT, "max_sequences": 4, "threads": 1, **options})
+        defaults = {"context": CONTEXT, "max_sequences": 4, "threads": 1, "mode": "exact"}
+        return Runtime.open(self.bundle, **{**defaults, **options})
 
     def tokens(self, count: int, seed: int = 0) -> list[int]:
         ids: list[int] = np.random.default_rng(seed).integers(0, self.text["vocab_size"], count).tolist()
@@ -72,11 +76,11 @@ class Model:
 
 
 @dataclass
-class Recorder:
+class Recorder(HostBackend):
     """A backend that runs on ONNX Runtime and remembers caches, weights, and the buffers of every call."""
 
     name: str = "recorder"
-    inner: OnnxRuntimeCpu = field(default_factory=lambda: OnnxRuntimeCpu(threads=1))
+    inner: OnnxRuntimeCpu = field(default_factory=lambda: OnnxRuntimeCpu(threads=1, mode="exact"))
     caches: list[Float32] = field(default_factory=list)
     cache_pointers: list[tuple[int, int]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -160,7 +164,7 @@ def test_prefill_extend_and_decode_follow_the_reference(model: Model, block_size
 
 def test_the_default_options_run(small: Model) -> None:
     ids = small.tokens(5)
-    with Runtime.open(str(small.bundle)) as runtime:
+    with Runtime.open(str(small.bundle), mode="exact") as runtime:
         assert runtime.context == min(small.text["max_position_embeddings"], 8192)
         array: Any = np.array(ids)
         assert relative_l2(runtime.prefill(array), small.logits(ids)) < TOLERANCE
@@ -512,12 +516,6 @@ def test_an_unknown_choice_of_rows_is_refused(small: Model) -> None:
         small.open().prefill([1, 2, 3], rows=wrong)
 
 
-def test_media_needs_a_component_that_is_not_there(small: Model) -> None:
-    runtime = small.open()
-    with pytest.raises(BackendMissingError, match="vision"):
-        runtime.prefill([1, 2], media=[object()])
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -534,11 +532,30 @@ def test_options_that_make_no_sense_are_refused(small: Model, options: dict[str,
         small.open(**options)
 
 
-def test_both_modes_are_exact_here(small: Model) -> None:
-    """The function bodies compute in float32 whatever the mode; native kernels are not there yet."""
+def test_the_modes_agree(small: Model) -> None:
+    """`fast` may round activations to bfloat16 in the native ops; the function bodies are exact in either mode.
+
+    Rounding makes some tokens of a random model take another expert, so it is most of many short sequences that agree.
+    """
+    prompts = [[token] for token in small.tokens(24)]
+    found = {}
+    for mode in ("fast", "exact"):
+        pairs = small.open(mode=mode, max_sequences=len(prompts)).prefill_batch(prompts)
+        found[mode] = [logits for _, logits in pairs]
+    assert relative_l2(found["exact"][0], small.logits(prompts[0])) < TOLERANCE
+    errors = [relative_l2(fast, exact) for fast, exact in zip(found["fast"], found["exact"], strict=True)]
+    assert np.median(errors) < FAST
+
+
+def test_the_function_bodies_run_where_the_library_is_turned_off(
+    small: Model, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("K25_NATIVE", "off")
     ids = small.tokens(6)
-    fast, exact = (small.open(mode=mode).prefill(ids) for mode in ("fast", "exact"))
-    assert np.array_equal(fast, exact)
+    runtime = small.open(mode="fast")
+    assert runtime.runner.details["native ops"] == "none: function bodies, float32"
+    assert relative_l2(runtime.prefill(ids), small.logits(ids)) < TOLERANCE
+    assert capfd.readouterr().err == ""
 
 
 def test_bf16_needs_another_backend(small: Model) -> None:
