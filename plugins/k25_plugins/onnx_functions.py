@@ -10,6 +10,7 @@ from k25_plugins.linear import function as linear
 from k25_plugins.mla import function as mla
 from k25_plugins.moe_dispatch import function as moe_dispatch
 from k25_plugins.signatures import DOMAIN, VERSION
+from k25_plugins.vision_attention import function as vision_attention
 
 #: The ONNX opset of the bodies and of every component.
 OPSET = 21
@@ -20,6 +21,7 @@ _BODIES: dict[str, str] = {
     "DequantizeInt4": moe_dispatch.DEQUANTIZE_BODY,
     "MoEDispatch": moe_dispatch.BODY,
     "MLA": mla.BODY,
+    "VisionAttention": vision_attention.BODY,
 }
 _CALLS: dict[str, tuple[str, ...]] = {"MoEDispatch": ("DequantizeInt4",)}
 

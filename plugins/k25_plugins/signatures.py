@@ -199,6 +199,10 @@ def _derive_mla(attributes: Mapping[str, Any], sizes: Sizes) -> Sizes:
     }
 
 
+def _derive_vision_attention(attributes: Mapping[str, Any], sizes: Sizes) -> Sizes:
+    return {"head_dim": sizes["width"] // attributes["num_heads"]}
+
+
 def _spec(name: str, dtype: str, *shape: str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
@@ -257,4 +261,18 @@ LINEAR = OpSignature(
     plugin=False,
 )
 
-OPS: tuple[OpSignature, ...] = (MLA, MOE_DISPATCH, LINEAR)
+VISION_ATTENTION = OpSignature(
+    name="VisionAttention",
+    folder="vision_attention",
+    inputs=(
+        _spec("q", "T", "patches", "num_heads*head_dim"),
+        _spec("k", "T", "patches", "width"),
+        _spec("v", "T", "patches", "num_heads*head_dim"),
+    ),
+    outputs=(_spec("out", "T", "patches", "num_heads*head_dim"),),
+    attributes=_attributes(num_heads="int", softmax_scale="float"),
+    plugin=False,
+    derive=_derive_vision_attention,
+)
+
+OPS: tuple[OpSignature, ...] = (MLA, MOE_DISPATCH, LINEAR, VISION_ATTENTION)

@@ -1,4 +1,4 @@
-"""The `k25` operators as `torch.library` ops: `torch.ops.k25.mla`, `.moe_dispatch`, `.linear`.
+"""The `k25` operators as `torch.library` ops: `torch.ops.k25.mla`, `.moe_dispatch`, `.linear`, `.vision_attention`.
 
 Importing this module registers them: schema and fake kernel from the signature table, the eager reference as the
 implementation. The fake kernel works on meta weights and symbolic sizes, so a model traces without weight memory.
@@ -17,11 +17,13 @@ from k25_plugins.linear.reference import linear
 from k25_plugins.mla.reference import mla
 from k25_plugins.moe_dispatch.reference import moe_dispatch
 from k25_plugins.signatures import DOMAIN, OpSignature
+from k25_plugins.vision_attention.reference import vision_attention
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     signatures.MLA.name: mla,
     signatures.MOE_DISPATCH.name: moe_dispatch,
     signatures.LINEAR.name: linear,
+    signatures.VISION_ATTENTION.name: vision_attention,
 }
 
 

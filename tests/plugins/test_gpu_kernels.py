@@ -71,17 +71,18 @@ def _region(experts: int, hidden: int, inter: int, absent: Sequence[int], odd_ro
 
 def _experts_on_gpu_kernels(
     mode: str, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, region: tuple[torch.Tensor, ...], inter: int,
-    *, aligned: bool,
+    *, aligned: bool, block: int = 32,
 ) -> torch.Tensor:  # fmt: skip
     words, scales, table = region
     (tokens, hidden), (experts, k) = x.shape, (table.shape[0], ids.shape[1])
     pairs, slots, lanes = tokens * k, experts, 2
-    permuted, h = _unwritten(tokens, hidden, dtype=x.dtype), _unwritten(pairs, inter, dtype=x.dtype)
+    wide, wide_h = _ceil(hidden, block) * block, _ceil(inter, block) * block
+    permuted, h = _unwritten(tokens, wide, dtype=x.dtype), _unwritten(pairs, wide_h, dtype=x.dtype)
     partial, y = _unwritten(pairs, hidden, dtype=torch.float32), _unwritten(tokens, hidden, dtype=x.dtype)
     order = _unwritten(pairs, dtype=torch.int32)
     start, count = (_unwritten(experts, dtype=torch.int32) for _ in range(2))
     active = _unwritten(experts + 1, dtype=torch.int32)
-    moe_gpu.permute_x[(tokens, _ceil(hidden, 64))](x, permuted, hidden, 32, 64)
+    moe_gpu.permute_x[(tokens, _ceil(wide, 64))](x, permuted, hidden, block, 64)
     if mode == "pairs":
         slots, lanes = pairs, 1
     elif mode == "small":
@@ -93,10 +94,10 @@ def _experts_on_gpu_kernels(
     sizes = (pairs, experts, lanes)
     is_pairs = mode == "pairs"
     moe_gpu.gate_up[(lanes, _ceil(inter, 64), slots)](
-        permuted, words, scales, *lists, h, *sizes, k, hidden, inter, 64, 8, 32, 32, is_pairs, aligned, True
+        permuted, words, scales, *lists, h, *sizes, k, hidden, inter, 64, 8, block, block, is_pairs, aligned, True
     )
     moe_gpu.down[(lanes, _ceil(hidden, 64), slots)](
-        h, words, scales, *lists, partial, *sizes, hidden, inter, 64, 8, 32, is_pairs, aligned, True
+        h, words, scales, *lists, partial, *sizes, hidden, inter, 64, 8, block, is_pairs, aligned, True
     )
     moe_gpu.combine[(tokens, _ceil(hidden, 64))](partial, ids, weights, table, y, experts, k, hidden, 64, True)
     return y
@@ -126,6 +127,16 @@ def test_experts(mode: str, tokens: int, k: int, experts: int, absent: tuple[int
         assert torch.equal(found, torch.zeros_like(found))
     else:
         assert _relative(found, expected) < TOLERANCES[dtype]
+
+
+def test_widths_that_are_no_whole_blocks() -> None:
+    torch.manual_seed(4)
+    region = _region(3, 160, 96, (), odd_rows=False)
+    x, weights = torch.randn(4, 160), torch.rand(4, 2)
+    ids = torch.tensor([[2, 0], [0, 1], [1, 2], [2, 1]], dtype=torch.int32)
+    expected = moe_dispatch(x, ids, weights, *region, 96, 32)
+    found = _experts_on_gpu_kernels("small", x, ids, weights, region, 96, aligned=True, block=128)
+    assert _relative(found, expected) < TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("mode", ["small", "large"])
@@ -183,7 +194,13 @@ Chunk = tuple[int, int]
 
 
 def _attention(
-    dtype: torch.dtype, cache_dtype: torch.dtype, chunks: list[Chunk], page: int, long: int, heads: int = 5
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    chunks: list[Chunk],
+    page: int,
+    long: int,
+    heads: int = 5,
+    capacity: int | None = None,
 ) -> None:
     """`chunks`: for each sequence the rows before this call and the tokens that it brings."""
     torch.manual_seed(len(chunks) + page)
@@ -210,7 +227,8 @@ def _attention(
     qa, out = _unwritten(T, N, W, dtype=dtype), _unwritten(T, N * V, dtype=dtype)
     part = _unwritten(T, splits, N, R, dtype=torch.float32)
     lse = _unwritten(T, splits, N, dtype=torch.float32)
-    kv = _unwritten(max(1, T // long) * width * page, N, NOPE + V, dtype=dtype)
+    capacity = max(1, T // long) * width * page if capacity is None else capacity
+    kv = _unwritten(capacity, N, NOPE + V, dtype=dtype)
     mla_gpu.rotate_append[(T,)](
         q,
         latent,
@@ -232,14 +250,14 @@ def _attention(
     )
     mla_gpu.absorb[(_ceil(T, 4), N, _ceil(R, 16))](q, kv_b, query_start, qa, S, T, N, NOPE, V, R, D, 16, 4, 16, True)
     mla_gpu.split[(_ceil(N, 4), splits, T)](
-        qa, cache, *place, part, lse, S, width, scale, splits, shortest, N, R, D, page, long, 4, 8, 16, 8, True
+        qa, cache, *place, part, lse, S, width, scale, splits, shortest, capacity, N, R, D, page, long, 4, 8, 16, 8, True
     )
     mla_gpu.combine[(N, _ceil(T, 4))](part, lse, kv_b, query_start, out, S, splits, N, NOPE, V, R, 8, 32, 4, True)
-    mla_gpu.expand[(_ceil(width * page, 8), N, S)](
-        cache, kv_b, *place, kv, S, width, N, NOPE + V, R, D, page, long, 8, 8, 64, True
+    mla_gpu.expand[(2, N)](
+        cache, kv_b, *place, kv, S, width, 2, capacity, N, NOPE + V, R, D, page, long, 8, 8, 64, True
     )
     mla_gpu.prefill[(_ceil(T, 8) + T // long, N)](
-        q, qa, kv, cache, *place, out, S, width, scale, N, NOPE, V, R, D, page, long, 8, 8, 16, 8, 32, True
+        q, qa, kv, cache, *place, out, S, width, scale, capacity, N, NOPE, V, R, D, page, long, 8, 8, 16, 8, 32, True
     )
     assert _relative(out, expected) < TOLERANCES[torch.bfloat16 if cache_dtype == torch.bfloat16 else dtype]
     assert torch.equal(cache.isnan(), rows.isnan())
@@ -259,6 +277,11 @@ def _attention(
 )
 def test_attention(chunks: list[Chunk], page: int) -> None:
     _attention(torch.float32, torch.float32, chunks, page, long=8)
+
+
+@pytest.mark.parametrize("capacity", [0, 11, 12, 44], ids=["none", "one row short", "the first", "all"])
+def test_long_sequences_that_find_no_room_are_attended_as_short_ones(capacity: int) -> None:
+    _attention(torch.float32, torch.float32, [(3, 9), (17, 1), (5, 12), (6, 9)], page=8, long=8, capacity=capacity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

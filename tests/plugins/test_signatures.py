@@ -88,6 +88,16 @@ SPECIFIED = {
         overloads=2,
         is_plugin=False,
     ),
+    "VisionAttention": Specified(
+        torch_schema=(
+            "k25::vision_attention(Tensor q, Tensor k, Tensor v, int num_heads, float softmax_scale) -> Tensor"
+        ),
+        inputs=(("q", "T"), ("k", "T"), ("v", "T")),
+        outputs=(("out", "T"),),
+        attributes=(("num_heads", "int"), ("softmax_scale", "float")),
+        overloads=2,
+        is_plugin=False,
+    ),
 }
 ONNX_TYPES = {
     "float32": "tensor(float)",
@@ -300,6 +310,10 @@ CALLS: Mapping[str, tuple[dict[str, tuple[list[int], str]], dict[str, Any]]] = {
         {"intermediate_size": 64, "group_size": 32},
     ),
     "Linear": ({"x": ([7, 96], "float32"), "weight": ([50, 96], "bfloat16")}, {}),
+    "VisionAttention": (
+        {"q": ([7, 36], "float32"), "k": ([7, 36], "float32"), "v": ([7, 36], "float32")},
+        {"num_heads": 3, "softmax_scale": 0.2},
+    ),
 }
 BY_NAME = {signature.name: signature for signature in OPS}
 
@@ -318,6 +332,7 @@ def test_outputs_have_the_specified_shapes_and_dtypes() -> None:
     assert inferred("Linear") == [((7, 50), "float32")]
     assert inferred("Linear", x=([2, 3, 96], "bfloat16")) == [((2, 3, 50), "bfloat16")]
     assert inferred("Linear", x=([96], "float32")) == [((50,), "float32")]
+    assert inferred("VisionAttention") == [((7, 36), "float32")]
 
 
 @pytest.mark.parametrize(("t", "tc"), [(t, tc) for t in ("float32", "bfloat16") for tc in ("float32", "bfloat16")])
@@ -390,6 +405,10 @@ WRONG_SIZES = [
     ("MoEDispatch", "scales", 1, "scales", 4, 5),
     ("MoEDispatch", "table", 1, "table", 6, 7),
     ("Linear", "weight", 1, "weight", 96, 97),
+    ("VisionAttention", "k", 0, "k", 7, 8),
+    ("VisionAttention", "v", 0, "v", 7, 8),
+    ("VisionAttention", "q", 1, "q", 36, 37),
+    ("VisionAttention", "v", 1, "v", 36, 37),
 ]
 
 

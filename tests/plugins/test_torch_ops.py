@@ -59,12 +59,29 @@ def linear_call(*, t: torch.dtype = torch.float32, device: str = "cpu") -> Call:
     return torch.ops.k25.linear.default, [tensor.to(device) for tensor in tensors]
 
 
-CALLS: dict[str, Callable[..., Call]] = {"mla": mla_call, "moe_dispatch": moe_call, "linear": linear_call}
+def vision_attention_call(*, t: torch.dtype = torch.float32, device: str = "cpu") -> Call:
+    torch.manual_seed(0)
+    tensors = [torch.randn(7, 3 * 4).to(t) for _ in "qkv"]
+    return torch.ops.k25.vision_attention.default, [*(tensor.to(device) for tensor in tensors), 3, 0.5]
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    "mla": mla_call,
+    "moe_dispatch": moe_call,
+    "linear": linear_call,
+    "vision_attention": vision_attention_call,
+}
 each_call = pytest.mark.parametrize("name", CALLS)
 
 
 @pytest.mark.parametrize(
-    ("name", "t"), [("mla", torch.float32), ("moe_dispatch", torch.bfloat16), ("linear", torch.float32)]
+    ("name", "t"),
+    [
+        ("mla", torch.float32),
+        ("moe_dispatch", torch.bfloat16),
+        ("linear", torch.float32),
+        ("vision_attention", torch.bfloat16),
+    ],
 )
 def test_opcheck(name: str, t: torch.dtype) -> None:
     op, arguments = CALLS[name](t=t)
@@ -131,6 +148,7 @@ def test_empty_axes_are_refused(name: str) -> None:
         ("moe_dispatch", 3, r"k25\.MoEDispatch: input words, axis .*: expected 2, found 1"),
         ("moe_dispatch", 5, r"k25\.MoEDispatch: input table, axis .*: expected 6, found 5"),
         ("linear", 1, r"k25\.Linear: input weight, axis .*: expected 24, found 23"),
+        ("vision_attention", 2, r"k25\.VisionAttention: input v, axis .*: expected 12, found 11"),
     ],
 )
 def test_wrong_sizes_are_refused_with_expected_and_found(name: str, index: int, message: str) -> None:
@@ -144,7 +162,7 @@ def test_wrong_sizes_are_refused_with_expected_and_found(name: str, index: int, 
 def test_wrong_sizes_are_refused_while_tracing(name: str) -> None:
     # Under a fake mode torch turns the check into its own error; it must still name the operator and the sizes.
     op, arguments = CALLS[name]()
-    index = {"mla": 3, "moe_dispatch": 5, "linear": 1}[name]
+    index = {"mla": 3, "moe_dispatch": 5, "linear": 1, "vision_attention": 2}[name]
     arguments[index] = arguments[index][..., :-1]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]

@@ -8,8 +8,10 @@
     prefill         causal attention on the expanded heads                                 long sequences
 
 A sequence is long where this call brings at least `LONG` of its tokens: then expanding its context costs less than
-attending in the latent space. Each program decides that on the device, so one call serves any mix and may be captured
-in a CUDA graph; grids are bounds that follow from shapes, and programs without work leave at once.
+attending in the latent space. It also has to fit: expanded rows of the long sequences lie one after the other, and where
+they would end past `capacity` rows the sequence is attended as a short one. Each program decides that on the device, so
+one call serves any mix and may be captured in a CUDA graph; grids are bounds that follow from shapes, and programs
+without work leave at once.
 
 Rows that a token does not see are never read, or read as zero: what they hold reaches nobody, NaN included.
 Legend: T tokens, N heads, R latent rank, W = R + D the width of a cache row, D rope width, S sequences, B context rows.
@@ -170,6 +172,7 @@ def split(
     scale,
     splits,
     min_chunk,
+    capacity,
     N: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -194,7 +197,10 @@ def split(
     if token < tl.load(query_start + sequences):
         sequence = sequence_of(query_start, sequences, token)
         brought = tl.load(query_start + sequence + 1) - tl.load(query_start + sequence)
-        length = tl.where(brought < LONG, tl.load(positions + token) + 1, 0)
+        is_short = brought < LONG
+        if brought >= LONG:
+            is_short = long_before(query_start, positions, sequences, sequence + 1, LONG) > capacity
+        length = tl.where(is_short, tl.load(positions + token) + 1, 0)
         chunk = tl.cdiv(tl.maximum(tl.cdiv(length, splits), min_chunk), BN) * BN
         lo = share * chunk
         hi = tl.minimum(lo + chunk, length)
@@ -293,6 +299,29 @@ def combine(
 
 
 @triton.jit
+def context_tile(query_start, positions, sequences, tile, BM: tl.constexpr, LONG: tl.constexpr):
+    """(sequence, its tile, expanded rows before it, all tiles) of a tile of the contexts of the long sequences."""
+    found = 0
+    before = 0
+    passed = 0
+    rows = tl.zeros((), tl.int64)
+    for base in range(0, sequences, SCAN):
+        s = base + tl.arange(0, SCAN)
+        known = s < sequences
+        lo = tl.load(query_start + s, mask=known, other=0)
+        hi = tl.load(query_start + 1 + s, mask=known, other=0)
+        is_long = known & (hi - lo >= LONG)
+        length = tl.load(positions + hi - 1, mask=is_long, other=-1) + 1
+        tiles = tl.cdiv(length, BM)
+        is_past = known & (passed + tl.cumsum(tiles, 0) <= tile)
+        found += tl.sum(is_past.to(tl.int32))
+        before += tl.sum(tl.where(is_past, tiles, 0))
+        rows += tl.sum(tl.where(is_past, length, 0).to(tl.int64))
+        passed += tl.sum(tiles)
+    return found, tile - before, rows, passed
+
+
+@triton.jit
 def expand(
     cache,
     kv_b,
@@ -302,6 +331,8 @@ def expand(
     kv,
     sequences,
     blocks_per_sequence,
+    lanes,
+    capacity,
     N: tl.constexpr,
     KV: tl.constexpr,
     R: tl.constexpr,
@@ -315,16 +346,15 @@ def expand(
 ):
     """`kv` [B, N, KV]: the heads' keys (without rope) and values of the contexts of the long sequences.
 
-    KV = nope + v; KVB is a power of two that holds it. Grid (cdiv(context, BM), N, S).
+    KV = nope + v; KVB is a power of two that holds it. Grid (lanes, N): a program takes every `lanes`-th tile.
     """
-    sequence = tl.program_id(2)
     head = tl.program_id(1)
-    first = tl.load(query_start + sequence)
-    end = tl.load(query_start + sequence + 1)
-    if end - first >= LONG:
-        length = tl.load(positions + end - 1) + 1
-        place = tl.program_id(0) * BM + tl.arange(0, BM)
-        if tl.program_id(0) * BM < length:
+    _, _, _, all_tiles = context_tile(query_start, positions, sequences, 0, BM, LONG)
+    for tile in range(tl.program_id(0), all_tiles, lanes):
+        sequence, mine, start, _ = context_tile(query_start, positions, sequences, tile, BM, LONG)
+        length = tl.load(positions + tl.load(query_start + sequence + 1) - 1) + 1
+        if start + length <= capacity:
+            place = mine * BM + tl.arange(0, BM)
             seen = place < length
             row = cache_rows(block_table, sequence, place, seen, blocks_per_sequence, PAGE) * (R + D)
             column = tl.arange(0, KVB)
@@ -336,7 +366,6 @@ def expand(
                 weight = kv_b + (head * KV + column[None, :]) * R + r[:, None]
                 w = tl.load(weight, mask=(column < KV)[None, :] & (r < R)[:, None], other=0.0)
                 acc = dot(c.to(kind), w.to(kind), acc, UP)
-            start = long_before(query_start, positions, sequences, sequence, LONG)
             to = kv + ((start + place[:, None]) * N + head) * KV + column[None, :]
             tl.store(to, rounded(acc, kind, UP), mask=seen[:, None] & (column < KV)[None, :])
 
@@ -374,6 +403,7 @@ def prefill(
     sequences,
     blocks_per_sequence,
     scale,
+    capacity,
     N: tl.constexpr,
     NOPE: tl.constexpr,
     V: tl.constexpr,
@@ -393,7 +423,10 @@ def prefill(
     A query sees the positions up to its own. Rotated q comes from `qa`, rotated k from the cache, the rest from `kv`.
     """
     sequence, tile = long_tile(query_start, sequences, tl.program_id(0), BM, LONG)
-    if sequence < sequences:
+    fits = sequence < sequences
+    if fits:
+        fits = long_before(query_start, positions, sequences, sequence + 1, LONG) <= capacity
+    if fits:
         head = tl.program_id(1)
         W: tl.constexpr = R + D
         KV: tl.constexpr = NOPE + V

@@ -12,7 +12,8 @@ run.
 
 Weights are the rows of a matrix product (`W @ x^T`), and the eight nibbles of a word are eight slices of K: slice j
 holds nibble j of every word. Activations are stored in that order, so words go to the tensor cores as they lie in the
-checkpoint: `permuted[.., b, j, i] = plain[.., b * BK + 8 * i + j]`.
+checkpoint: `permuted[.., b, j, i] = plain[.., b * BK + 8 * i + j]`. A row is as long as its whole blocks; what lies behind
+the columns of the last block is neither written nor read.
 
 An expert that is not held (table row of -1) and an id outside the table add nothing, and their rows are never read.
 Legend: T tokens, H hidden, I expert width, E experts, P pairs.
@@ -29,14 +30,20 @@ from k25_plugins.triton_math import dot, rounded, unpacked_slice
 TABLE_COLUMNS = tl.constexpr(6)
 
 
+@triton.constexpr_function
+def width(columns, block):
+    """Columns of a row of whole blocks."""
+    return -(-columns // block) * block
+
+
 @triton.jit
 def permute_x(x, out, H: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
-    """`x` [T, H] into the order of the slices, `out` [T, H]. Grid (T, cdiv(H, BLOCK))."""
-    row = tl.program_id(0).to(tl.int64) * H
+    """`x` [T, H] into the order of the slices, `out` [T, width of H]. Grid (T, cdiv(width of H, BLOCK))."""
+    token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place % BK
     source = place - inside + 8 * (inside % (BK // 8)) + inside // (BK // 8)
-    tl.store(out + row + place, tl.load(x + row + source, mask=place < H), mask=place < H)
+    tl.store(out + token * width(H, BK) + place, tl.load(x + token * H + source, mask=source < H), mask=source < H)
 
 
 @triton.jit
@@ -121,20 +128,27 @@ def tile_product(
     BK: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """acc [BN, BM] = W[features, :] @ x[rows, :]^T over the whole of K; `x` is permuted."""
+    """acc [BN, BM] = W[features, :] @ x[rows, :]^T over the whole of K; `x` [.., width of K] is permuted."""
     acc = tl.zeros((BN, BM), tl.float32)
     lane = tl.arange(0, BK // 8)
     group = tl.arange(0, BK // 32)
     is_feature = features < FEATURES
     word_at = words + word_row * 2 + features[:, None].to(tl.int64) * (K // 8)
     scale_at = scales + scale_row * 4 + features[:, None].to(tl.int64) * (K // 32)
-    for block in range(0, K // BK):
-        w = tl.load(word_at + block * (BK // 8) + lane[None, :], mask=is_feature[:, None], other=0)
-        s = tl.load(scale_at + block * (BK // 32) + group[None, :], mask=is_feature[:, None], other=0.0)
+    for block in range(0, tl.cdiv(K, BK)):
+        is_word = is_feature[:, None]
+        is_scale = is_feature[:, None]
+        is_x = is_row[None, :]
+        if K % BK != 0:
+            is_word = is_word & (block * (BK // 8) + lane < K // 8)[None, :]
+            is_scale = is_scale & (block * (BK // 32) + group < K // 32)[None, :]
+            is_x = is_x & (block * (BK // 8) + lane < K // 8)[:, None]
+        w = tl.load(word_at + block * (BK // 8) + lane[None, :], mask=is_word, other=0)
+        s = tl.load(scale_at + block * (BK // 32) + group[None, :], mask=is_scale, other=0.0)
         s = tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BK // 32, 4)), (BN, BK // 8))
         for j in tl.static_range(8):
             part = block * BK + j * (BK // 8) + lane
-            xs = tl.load(x + rows[None, :].to(tl.int64) * K + part[:, None], mask=is_row[None, :], other=0.0)
+            xs = tl.load(x + rows[None, :].to(tl.int64) * width(K, BK) + part[:, None], mask=is_x, other=0.0)
             acc = dot(unpacked_slice(w, s, j, xs.dtype, UP), xs, acc, UP)
     return acc
 
@@ -181,7 +195,7 @@ def gate_up(
     ALIGNED: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """`h` [P, I] = silu(gate x) * (up x), rows in the order of the lists, columns permuted for `down` (H_BK).
+    """`h` [P, width of I] = silu(gate x) * (up x), rows in the order of the lists, columns permuted for `down` (H_BK).
 
     Grid (lanes, cdiv(I, BN), slots): tiles of one expert that share weights are neighbours.
     """
@@ -235,7 +249,7 @@ def gate_up(
             value = gate / (1.0 + tl.exp(-gate)) * up
             inside = features % H_BK
             column = features - inside + (inside % 8) * (H_BK // 8) + inside // 8
-            at = h + place[None, :].to(tl.int64) * INTER + column[:, None]
+            at = h + place[None, :].to(tl.int64) * width(INTER, H_BK) + column[:, None]
             tl.store(at, rounded(value, h.dtype.element_ty, UP), mask=(features < INTER)[:, None] & is_row[None, :])
 
 

@@ -1,0 +1,375 @@
+// k25.MLA in the absorbed form: for few query tokens. Lanes are the heads of one token.
+//
+//     query_h = [UK_h^T q_nope_h | q_rope_h],  z_h = softmax(query_h . rows) latents,  out_h = UV_h z_h
+//
+// A latent row is key and value of all heads at once: each is read once. The context of a token is cut into splits, a
+// task each, whose sums are merged in their order; the cut depends on the length of the context alone, so a token's
+// result depends neither on threads nor on what else is in the batch.
+#ifndef K25_MLA_CPU_ABSORBED_H
+#define K25_MLA_CPU_ABSORBED_H
+
+#include "cpu_call.h"
+
+namespace k25 {
+namespace K25_ISA_NS {
+
+constexpr size_t kShortestSplit = 512, kGoodSplit = 1024, kMostSplits = 32;
+constexpr size_t kWaveBytes = size_t{48} << 20;  // of queries and sums of the tokens that are on their way together
+constexpr size_t kTokenTile = 4;                 // tokens that share a read of kv_b
+
+// Eight splits where that makes them of good length: short ones cost merging, long ones leave threads without work.
+K25_INLINE size_t split_length(size_t context) {
+  const size_t eighth = smaller(rounded_up(divided_up(context, 8), kTileKeys), kGoodSplit);
+  const size_t least = rounded_up(divided_up(context, kMostSplits), kTileKeys);
+  return larger(kShortestSplit, larger(eighth, least));
+}
+K25_INLINE size_t split_count(size_t context) { return divided_up(context, split_length(context)); }
+
+// Tokens that are computed together, and what they need.
+struct Wave {
+  const MlaCall* call;
+  const int32_t* tokens;  // [count], indices into the batch
+  size_t count;
+  size_t panels;              // of heads
+  const size_t* first_split;  // [count + 1]
+  float* queries;             // [count][heads][width]
+  float* mixed;               // [count][heads][rank], z
+  float* sums;                // [splits][panels] partial sums, panel_floats each
+  bool failed;
+};
+
+K25_INLINE size_t panel_floats(const MlaCall& call) { return (call.rank + 2) * kPanelLanes; }
+K25_INLINE Panel wave_panel(const Wave& wave, size_t split, size_t panel) {
+  float* at = wave.sums + (split * wave.panels + panel) * panel_floats(*wave.call);
+  return {at + 2 * kPanelLanes, at, at + kPanelLanes};
+}
+K25_INLINE size_t panel_heads(const MlaCall& call, size_t panel) {
+  return smaller(kPanelLanes, call.heads - panel * kPanelLanes);
+}
+K25_INLINE const uint16_t* head_rows(const MlaCall& call, size_t head) {
+  return call.kv_b + head * (call.nope + call.v) * call.rank;
+}
+
+constexpr size_t kRowsAtOnce = 4;
+
+// The rows of kv_b after the next: they pass faster than the hardware asks for them.
+K25_INLINE void prefetch_ahead(const MlaCall& call, const uint16_t* row) {
+  __builtin_prefetch(row + 2 * kRowsAtOnce * call.rank, 0, 3);
+}
+
+// to[t][column] += query[t][d] * rows[d][column] for kRows rows from d on, every sum in the order of d.
+template <int kTokens, int kRows>
+K25_INLINE void absorb_rows(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows,
+                            float* to, size_t to_stride) {
+  size_t column = 0;
+  for (; column + kLanes <= call.rank; column += kLanes) {
+    F32 value[kRows];
+    K25_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      value[row] = load_bf16(rows + row * call.rank + column);
+      if (kRows == kRowsAtOnce) prefetch_ahead(call, rows + row * call.rank + column);
+    }
+    K25_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      F32 sum = load(to + t * to_stride + column);
+      K25_UNROLL
+      for (int row = 0; row < kRows; ++row) sum = fma(set1(query[t * query_stride + row]), value[row], sum);
+      store(to + t * to_stride + column, sum);
+    }
+  }
+  for (; column < call.rank; ++column) {
+    for (int t = 0; t < kTokens; ++t) {
+      for (int row = 0; row < kRows; ++row) {
+        to[t * to_stride + column] += query[t * query_stride + row] * float_of(rows[row * call.rank + column]);
+      }
+    }
+  }
+}
+
+// to[t] = UK^T query[t]: the rows of UK pass once, in their order in memory.
+template <int kTokens>
+static void absorb(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows, float* to,
+                   size_t to_stride) {
+  for (int t = 0; t < kTokens; ++t) memset(to + t * to_stride, 0, call.rank * sizeof(float));
+  size_t d = 0;
+  for (; d + kRowsAtOnce <= call.nope; d += kRowsAtOnce) {
+    absorb_rows<kTokens, kRowsAtOnce>(call, query + d, query_stride, rows + d * call.rank, to, to_stride);
+  }
+  for (; d < call.nope; ++d) {
+    absorb_rows<kTokens, 1>(call, query + d, query_stride, rows + d * call.rank, to, to_stride);
+  }
+}
+
+// Queries of one head, all tokens of the wave.
+static void absorb_task(void* state, size_t head) {
+  Wave& wave = *static_cast<Wave*>(state);
+  const MlaCall& call = *wave.call;
+  const size_t query_width = call.nope + call.rope, stride = call.heads * call.width;
+  float* query = static_cast<float*>(thread_scratch(kTokenTile * query_width * sizeof(float)));
+  if (query == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  for (size_t first = 0; first < wave.count; first += kTokenTile) {
+    const size_t count = smaller(kTokenTile, wave.count - first);
+    float* to = wave.queries + (first * call.heads + head) * call.width;
+    for (size_t t = 0; t < count; ++t) {
+      read_query(call, static_cast<size_t>(wave.tokens[first + t]), head, query + t * query_width);
+      memcpy(to + t * stride + call.rank, query + t * query_width + call.nope, call.rope * sizeof(float));
+    }
+    if (count == kTokenTile) {
+      absorb<kTokenTile>(call, query, query_width, head_rows(call, head), to, stride);
+      continue;
+    }
+    for (size_t t = 0; t < count; ++t) {
+      absorb<1>(call, query + t * query_width, query_width, head_rows(call, head), to + t * stride, stride);
+    }
+  }
+}
+
+// The tile as the products take it: Float reads it once for keys and values.
+K25_INLINE KeyTile<Float> latent_tile(Float, const MlaCall& call, size_t sequence, size_t first, size_t rows,
+                                      float* space) {
+  const size_t stride = row_stride(call.width);
+  read_rows(call, sequence, first, rows, space, stride);
+  return {space, stride, call.width, space, stride, call.rank, rows, false, nullptr, true};
+}
+
+#if K25_HAS_DOT_BF16
+// Pairs of a row are pairs of depths as they lie in the cache; the values need pairs of rows.
+K25_INLINE KeyTile<Bfloat16Pairs> latent_tile(Bfloat16Pairs, const MlaCall& call, size_t sequence, size_t first,
+                                              size_t rows, float* space) {
+  const size_t depth = divided_up(call.width, 2), stride = row_stride(depth), value_stride = row_stride(call.rank);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(space);
+  uint32_t* values = keys + kTileKeys * stride;
+  for (size_t row = 0; row < rows; ++row) {
+    keys[row * stride + depth - 1] = 0;
+    memcpy(keys + row * stride, address_of(call.cache, row_offset(call, sequence, first + row)), 2 * call.width);
+  }
+  for (size_t row = 0; row < rows; row += 2) {
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(keys + row * stride);
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(keys + (row + 1) * stride);
+    uint32_t* to = values + row / 2 * value_stride;
+    for (size_t column = 0; column < call.rank; ++column) {
+      uint16_t below, above = 0;
+      memcpy(&below, even + column, sizeof below);
+      if (row + 1 < rows) memcpy(&above, odd + column, sizeof above);
+      to[column] = static_cast<uint32_t>(below) | static_cast<uint32_t>(above) << 16;
+    }
+  }
+  return {keys, stride, depth, values, value_stride, call.rank, rows, false, nullptr, true};
+}
+#endif
+
+K25_INLINE size_t latent_tile_floats(const MlaCall& call) {
+  return kTileKeys * (row_stride(call.width) + row_stride(call.rank));
+}
+
+template <class E>
+static void attend_split(const Wave& wave, size_t token_index, size_t split, size_t panel_index, float* space) {
+  const MlaCall& call = *wave.call;
+  const size_t token = static_cast<size_t>(wave.tokens[token_index]), context = context_of(call, token);
+  const size_t sequence = static_cast<size_t>(call.sequence_of[token]);
+  const size_t heads = panel_heads(call, panel_index), vectors = divided_up(heads, kLanes);
+  TileScratch* scratch = reinterpret_cast<TileScratch*>(space);
+  float* panel_space = space + rounded_up(sizeof(TileScratch) / sizeof(float), 16);
+  float* tile_space = panel_space + call.width * kPanelLanes;
+  const float* queries =
+      wave.queries + (token_index * call.heads + panel_index * kPanelLanes) * call.width;
+  for (size_t lane = 0; lane < heads; lane += kLanes) {
+    transpose_to_lanes(queries + lane * call.width, call.width, smaller(kLanes, heads - lane), call.width,
+                       panel_space + lane, kPanelLanes);
+  }
+  const typename E::Element* lanes = panel_elements(E(), panel_space, call.width, vectors);
+  const Panel panel = wave_panel(wave, wave.first_split[token_index] + split, panel_index);
+  start_panel(panel);
+  const size_t begin = split * split_length(context), end = smaller(begin + split_length(context), context);
+  for (size_t first = begin; first < end; first += kTileKeys) {
+    KeyTile<E> tile = latent_tile(E(), call, sequence, first, smaller(kTileKeys, end - first), tile_space);
+    tile.first = first == begin;
+    NextTile next{&call, sequence, first + kTileKeys, smaller(first + 2 * kTileKeys, end)};
+    attend(vectors, lanes, tile, panel, scratch, next);
+  }
+}
+
+// One split of one token and panel. Tasks are numbered split by split, panel by panel.
+static void attend_task(void* state, size_t index) {
+  Wave& wave = *static_cast<Wave*>(state);
+  const MlaCall& call = *wave.call;
+  const size_t split = index / wave.panels;
+  size_t low = 0, high = wave.count;  // the token that has it
+  while (high - low > 1) {
+    const size_t middle = (low + high) / 2;
+    (wave.first_split[middle] <= split ? low : high) = middle;
+  }
+  const size_t floats = sizeof(TileScratch) / sizeof(float) + 16 + call.width * kPanelLanes + latent_tile_floats(call);
+  float* space = static_cast<float*>(thread_scratch(floats * sizeof(float)));
+  if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+#if K25_HAS_DOT_BF16
+  if (call.pairs) {
+    return attend_split<Bfloat16Pairs>(wave, low, split - wave.first_split[low], index % wave.panels, space);
+  }
+#endif
+  attend_split<Float>(wave, low, split - wave.first_split[low], index % wave.panels, space);
+}
+
+constexpr size_t kMergeColumns = 64;
+
+// z of one token, panel and kMergeColumns of the rank: the splits' sums, each times 2^(its top - the largest), over the
+// same sum of totals.
+static void merge_task(void* state, size_t index) {
+  const Wave& wave = *static_cast<const Wave*>(state);
+  const MlaCall& call = *wave.call;
+  const size_t chunks = divided_up(call.rank, kMergeColumns);
+  const size_t column = index % chunks * kMergeColumns, columns = smaller(kMergeColumns, call.rank - column);
+  const size_t panel_index = index / chunks % wave.panels, token = index / chunks / wave.panels;
+  const size_t first = wave.first_split[token], end = wave.first_split[token + 1];
+  const size_t heads = panel_heads(call, panel_index);
+  float lanes[kMergeColumns][kLanes];
+  for (size_t lane = 0; lane < heads; lane += kLanes) {
+    F32 top = set1(-kInfinity), total = zero();
+    for (size_t split = first; split < end; ++split) {
+      top = max(top, load(wave_panel(wave, split, panel_index).top + lane));
+    }
+    top = top == set1(-kInfinity) ? zero() : top;
+    for (size_t row = 0; row < columns; ++row) store(lanes[row], zero());
+    for (size_t split = first; split < end; ++split) {
+      const Panel part = wave_panel(wave, split, panel_index);
+      const F32 factor = exp2_nonpositive(load(part.top + lane) - top);
+      total = fma(factor, load(part.total + lane), total);
+      const float* sums = part.sums + column * kPanelLanes + lane;
+      for (size_t row = 0; row < columns; ++row) {
+        store(lanes[row], fma(factor, load(sums + row * kPanelLanes), load(lanes[row])));
+      }
+    }
+    for (size_t row = 0; row < columns; ++row) store(lanes[row], load(lanes[row]) / total);
+    float* to = wave.mixed + (token * call.heads + panel_index * kPanelLanes + lane) * call.rank + column;
+    transpose_from_lanes(&lanes[0][0], kLanes, smaller(kLanes, heads - lane), columns, to, call.rank);
+  }
+}
+
+// to[t][i] = sum over r of z[t][r] * rows[i][r] for kRows rows.
+template <int kTokens, int kRows>
+K25_INLINE void dot_rows(const MlaCall& call, const float* z, size_t z_stride, const uint16_t* rows, float* to,
+                         size_t to_stride) {
+  F32 sums[kTokens][kRows];
+  K25_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    K25_UNROLL
+    for (int i = 0; i < kRows; ++i) sums[t][i] = zero();
+  }
+  size_t r = 0;
+  for (; r + kLanes <= call.rank; r += kLanes) {
+    F32 value[kRows];
+    K25_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      value[i] = load_bf16(rows + i * call.rank + r);
+      if (kRows == kRowsAtOnce) prefetch_ahead(call, rows + i * call.rank + r);
+    }
+    K25_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const F32 lanes = load(z + t * z_stride + r);
+      K25_UNROLL
+      for (int i = 0; i < kRows; ++i) sums[t][i] = fma(lanes, value[i], sums[t][i]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kRows; ++i) {
+      float rest = 0.0f;
+      for (size_t k = r; k < call.rank; ++k) rest += z[t * z_stride + k] * float_of(rows[i * call.rank + k]);
+      to[t * to_stride + i] = sum(sums[t][i]) + rest;
+    }
+  }
+}
+
+template <int kTokens>
+static void expand_values(const MlaCall& call, const float* z, size_t z_stride, const uint16_t* rows, float* to) {
+  size_t i = 0;
+  for (; i + kRowsAtOnce <= call.v; i += kRowsAtOnce) {
+    dot_rows<kTokens, kRowsAtOnce>(call, z, z_stride, rows + i * call.rank, to + i, call.v);
+  }
+  for (; i < call.v; ++i) dot_rows<kTokens, 1>(call, z, z_stride, rows + i * call.rank, to + i, call.v);
+}
+
+// Outputs of one head, all tokens of the wave.
+static void out_task(void* state, size_t head) {
+  Wave& wave = *static_cast<Wave*>(state);
+  const MlaCall& call = *wave.call;
+  const uint16_t* rows = head_rows(call, head) + call.nope * call.rank;
+  const size_t z_stride = call.heads * call.rank;
+  float* values = static_cast<float*>(thread_scratch(kTokenTile * call.v * sizeof(float)));
+  if (values == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  for (size_t first = 0; first < wave.count; first += kTokenTile) {
+    const size_t count = smaller(kTokenTile, wave.count - first);
+    const float* z = wave.mixed + (first * call.heads + head) * call.rank;
+    if (count == kTokenTile) {
+      expand_values<kTokenTile>(call, z, z_stride, rows, values);
+    } else {
+      for (size_t t = 0; t < count; ++t) expand_values<1>(call, z + t * z_stride, z_stride, rows, values + t * call.v);
+    }
+    for (size_t t = 0; t < count; ++t) {
+      const size_t token = static_cast<size_t>(wave.tokens[first + t]);
+      write_floats(call.out, (token * call.heads + head) * call.v, call.v, values + t * call.v);
+    }
+  }
+}
+
+K25_INLINE size_t wave_token_floats(const MlaCall& call, size_t panels, size_t context) {
+  return call.heads * (call.width + call.rank) + split_count(context) * panels * panel_floats(call);
+}
+
+static bool run_wave(Wave& wave, float* space) {
+  const MlaCall& call = *wave.call;
+  wave.queries = space;
+  wave.mixed = wave.queries + wave.count * call.heads * call.width;
+  wave.sums = wave.mixed + wave.count * call.heads * call.rank;
+  wave.failed = false;
+  run_parallel(call.parallel, absorb_task, &wave, call.heads);
+  run_parallel(call.parallel, attend_task, &wave, wave.first_split[wave.count] * wave.panels);
+  run_parallel(call.parallel, merge_task, &wave, wave.count * wave.panels * divided_up(call.rank, kMergeColumns));
+  run_parallel(call.parallel, out_task, &wave, call.heads);
+  return !__atomic_load_n(&wave.failed, __ATOMIC_RELAXED);
+}
+
+struct WaveSize {
+  size_t count, floats;
+};
+
+// How many of the next tokens fit a wave, at least one, and where their splits begin.
+static WaveSize next_wave(const MlaCall& call, const int32_t* tokens, size_t left, size_t* first_split) {
+  const size_t panels = divided_up(call.heads, kPanelLanes);
+  WaveSize size{0, 0};
+  first_split[0] = 0;
+  for (; size.count < left; ++size.count) {
+    const size_t context = context_of(call, static_cast<size_t>(tokens[size.count]));
+    const size_t more = wave_token_floats(call, panels, context);
+    if (size.count > 0 && (size.floats + more) * sizeof(float) > kWaveBytes) break;
+    size.floats += more;
+    first_split[size.count + 1] = first_split[size.count] + split_count(context);
+  }
+  return size;
+}
+
+// Attends for the given tokens, as many at a time as fit the memory of a wave.
+static k25_status attend_absorbed(const MlaCall& call, const int32_t* tokens, size_t count, Scratch& scratch,
+                                  k25_message message) {
+  size_t* first_split = static_cast<size_t*>(scratch.take((count + 1) * sizeof(size_t)));
+  if (first_split == nullptr) return fail(K25_FAILED, message, "k25.MLA: no memory for %zu tokens", count);
+  size_t most = 0;
+  for (size_t begin = 0; begin < count;) {
+    const WaveSize size = next_wave(call, tokens + begin, count - begin, first_split);
+    most = larger(most, size.floats * sizeof(float));
+    begin += size.count;
+  }
+  float* space = static_cast<float*>(scratch.take(most));
+  if (space == nullptr) return fail(K25_FAILED, message, "k25.MLA: no memory: %zu bytes of partial sums", most);
+  const size_t panels = divided_up(call.heads, kPanelLanes);
+  for (size_t begin = 0; begin < count;) {
+    const WaveSize size = next_wave(call, tokens + begin, count - begin, first_split);
+    Wave wave{&call, tokens + begin, size.count, panels, first_split, nullptr, nullptr, nullptr, false};
+    if (!run_wave(wave, space)) return fail(K25_FAILED, message, "k25.MLA: no memory for a thread's tiles");
+    begin += size.count;
+  }
+  return K25_OK;
+}
+
+}  // namespace K25_ISA_NS
+}  // namespace k25
+#endif

@@ -1,0 +1,1 @@
+"""`k25.VisionAttention`: bidirectional attention over all patches of one media item."""
