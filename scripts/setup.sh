@@ -87,7 +87,11 @@ installed_from=$(cat "$venv/.setup-done" 2>/dev/null) || installed_from=
 key() { printf '%s\n' "$root" "$1 $(cat pyproject.toml requirements.lock plugins/k25_plugins/version.py scripts/setup.sh | cksum)"; }
 
 # The native ops are made again only when their sources change; without a compiler the function bodies run instead.
-native_ops() { sh scripts/native.sh || say 'the native ops could not be built (above); everything runs on the function bodies, slower'; }
+native_ops() {
+  mkdir -p build/temporary
+  TMPDIR=$root/build/temporary sh scripts/native.sh ||
+    say 'the native ops could not be built (above); everything runs on the function bodies, slower'
+}
 
 if [ -n "$present" ] && [ "$wanted" = "$present" ] && [ "$installed_from" = "$(key "$present")" ]; then
   native_ops

@@ -64,6 +64,13 @@ class _RunCommand(click.Command):
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the sequence may hold.")
 @click.option("--mode", type=click.Choice(["fast", "exact"]), help="[default: fast; exact with --save-logits]")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt runs the engines that `compile` built; it needs their GPU.",
+)
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0, 1024), help="0: one for each core.")
 @output_options
 @click.pass_context
@@ -88,6 +95,7 @@ def command(ctx: click.Context, /, bundle: Path, as_json: bool, quiet: bool, **o
         context=options["context"],
         max_sequences=1,
         mode=mode,
+        backend=options["backend"],
         threads=options["threads"],
     ) as runtime:
         _generate(runtime, Output(as_json=as_json, quiet=quiet), options, media)
