@@ -56,12 +56,16 @@ class Floor:
     gain: float = 0.0
     tolerance: float = 0.0
 
-    def add(self, exact: np.ndarray, rounded: np.ndarray, actual: np.ndarray, tokens: int) -> None:
-        """Outputs of the float64 reference, of the float32 one and of the runtime."""
+    def add(
+        self, exact: np.ndarray, rounded: np.ndarray, actual: np.ndarray, tokens: int, entered: np.ndarray | float = 0.0
+    ) -> None:
+        """Outputs of the float64 reference, of the float32 one and of the runtime; `entered` is a layer's input."""
         self.reference = max(self.reference, relative_l2(rounded, exact))
         self.runtime = max(self.runtime, relative_l2(actual, exact))
         self.against = max(self.against, relative_l2(actual, rounded))
-        self.gain = max(self.gain, abs(systematic_gain(actual, rounded)) / gain_tolerance(tokens).value)
+        self.gain = max(
+            self.gain, abs(systematic_gain(actual - entered, rounded - entered)) / gain_tolerance(tokens).value
+        )
 
 
 def measure(floors: dict[str, Floor], bundle: Path, checkpoint: Path) -> None:
@@ -81,7 +85,7 @@ def measure(floors: dict[str, Floor], bundle: Path, checkpoint: Path) -> None:
                 name = runtime.runner.component_of(layer)
                 output = runtime.runner.run_layer(layer, runtime.runner.hidden_from_float32(hidden), batch)
                 traces = [walk.layer(layer, hidden).hidden for walk in walks]
-                floors.setdefault(name, Floor()).add(*traces, output.hidden.to_float32(), tokens)
+                floors.setdefault(name, Floor()).add(*traces, output.hidden.to_float32(), tokens, hidden)
                 floors[name].tolerance = component_tolerance(name, config).value
                 hidden = traces[1]
             logits = [walk.logits(hidden) for walk in walks]

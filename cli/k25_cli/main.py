@@ -22,24 +22,23 @@ EXIT_INTERRUPTED = 130
 
 #: Verb -> what it does, in the order of the work. Modules are `k25_cli.verbs.<verb with underscores>`.
 VERBS: Mapping[str, str] = {
-    "inspect": "What a checkpoint holds, its size, what is wrong with it.",
+    "inspect": "What a checkpoint or a bundle holds, its size, what is wrong with it.",
     "demo-checkpoint": "Write a small checkpoint in Kimi K2.5's official layout.",
     "export": "ONNX components and manifest from a checkpoint.",
     "bind": "One layer as a standalone ONNX file over the original shards.",
+    "compile": "TensorRT engines, without a GPU.",
     "validate": "Compare a bundle with a reference; write the parity report.",
+    "bisect": "The first diverging layer, then op.",
     "build": "export + compile + validate.",
     "run": "Generate text from a bundle.",
+    "bench": "Speed, against the memory bandwidth of the machine.",
     "verify": "Hashes of everything that a bundle refers to.",
     "plan": "Memory and hardware that a checkpoint takes.",
     "completion": "Print the completion script of a shell.",
 }
 
 #: Verbs that are specified (docs/architecture.md) but not built yet.
-PLANNED: Mapping[str, str] = {
-    "compile": "TensorRT engines, without a GPU.",
-    "bisect": "The first diverging layer, then op.",
-    "bench": "Speed, against the memory bandwidth of the machine.",
-}
+PLANNED: Mapping[str, str] = {}
 
 
 class Verbs(click.Group):
@@ -60,8 +59,9 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
-        with formatter.section("Not there yet (exit code 4)"):
-            formatter.write_dl(list(PLANNED.items()))
+        if PLANNED:
+            with formatter.section("Not there yet (exit code 4)"):
+                formatter.write_dl(list(PLANNED.items()))
 
 
 def _planned(name: str) -> click.Command:

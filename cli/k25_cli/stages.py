@@ -11,11 +11,12 @@ import click
 
 from k25_cli.extras import require_extra
 from k25_cli.output import Progress
-from k25_plugins.errors import VerificationError
+from k25_plugins.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
     from k25_export.manifest import Manifest
     from k25_validate.validation import ReferenceName, Stream
+    from k25_validate.validation_options import ValidationOptions
 
 
 def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +104,78 @@ def validation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+class ToleranceOption(click.ParamType[tuple[str, float]]):
+    """`NAME=VALUE`, as `k25_validate.tolerance_overrides` knows the names."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The name and the number; a usage error names what is wrong."""
+        from k25_validate.tolerance_overrides import override_from_text
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return override_from_text(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+#: `k25_validate.parity_report.FAIL_ON`, which `--help` does not import.
+_FAIL_ON = (
+    *("any", "none", "vision", "components", "far-positions", "end-to-end", "decode", "batch", "cached-prefix"),
+    *("text", "tasks", "baseline"),
+)
+
+
+def report_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--prompts`, `--text`, `--baseline`, `--fail-on` and `--tolerance`."""
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option(
+            "--prompts", type=path, help="JSON lines with text or token_ids, instead of the built-in prompts."
+        ),
+        click.option(
+            "--text", type=path, help="A UTF-8 text whose perplexity both are measured on [default: a built-in one]."
+        ),
+        click.option("--baseline", type=path, help="An older parity.json: fail where anything has become worse."),
+        click.option(
+            "--fail-on",
+            type=click.Choice(_FAIL_ON),
+            multiple=True,
+            default=["any"],
+            show_default=True,
+            help="Fail on these checks only; repeat it. The report says so.",
+        ),
+        click.option(
+            "--tolerance",
+            "tolerances",
+            type=ToleranceOption(),
+            multiple=True,
+            help="Another tolerance, as moe_layer.3=1e-5 or logits=1e-4; repeat it. The report says so.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def report_choices(
+    *,
+    prompts: Path | None,
+    text: Path | None,
+    baseline: Path | None,
+    fail_on: tuple[str, ...],
+    tolerances: tuple[tuple[str, float], ...],
+) -> ValidationOptions:
+    """The options of `report_options` as `validate_bundle` takes them."""
+    require_extra("validate")
+    from k25_validate.validation_options import ValidationOptions
+
+    return ValidationOptions(
+        prompts=prompts, text=text, baseline=baseline, fail_on=fail_on, tolerances=dict(tolerances)
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationResult:
     """What `validate` and `build` print."""
@@ -124,7 +197,14 @@ def _report_values(page: Path, parity: dict[str, Any], *, is_reused: bool) -> di
 
 
 def validate_bundle(
-    bundle: Path, *, checkpoint: str | None, reference: str, stream: str, may_reuse: bool = False, progress: Progress
+    bundle: Path,
+    *,
+    checkpoint: str | None,
+    reference: str,
+    stream: str,
+    options: ValidationOptions,
+    may_reuse: bool = False,
+    progress: Progress,
 ) -> ValidationResult:
     """Compare the bundle with the reference and write the report; `may_reuse` takes one of the same inputs instead."""
     require_reference(reference)
@@ -135,7 +215,10 @@ def validate_bundle(
     page = (bundle / REPORTS_FOLDER / "parity.html").resolve()
     if may_reuse:
         key = validation_key(
-            read_manifest(bundle), reference=reference, checkpoint=checkpoint_folder(bundle, checkpoint)
+            read_manifest(bundle),
+            reference=reference,
+            checkpoint=checkpoint_folder(bundle, checkpoint),
+            options=options,
         )
         known = reusable_report(bundle, key=key)
         if known is not None:
@@ -154,11 +237,12 @@ def validate_bundle(
         checkpoint=checkpoint,
         reference=cast("ReferenceName", reference),
         stream=cast("Stream", stream),
+        options=options,
         progress=progress,
     )
     write_report(report, bundle)
     return ValidationResult(
         values=_report_values(page, report_to_dict(report), is_reused=False),
-        text=f"{report.summary()}\nreport: {page}",
+        text=f"{report.verdict()}\n{report.summary()}\nreport: {page}",
         exit_code=0 if report.passed else VerificationError.exit_code,
     )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING as _MISSING
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -440,7 +441,7 @@ def built_value(kind: Any, value: Any, where: str) -> Any:
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise mismatch(where, expected="an object", found=type(value).__name__)
-    hints = get_type_hints(kind)
+    hints = _type_hints(kind)
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise mismatch(where, expected=f"the keys {', '.join(hints)}", found=f"the unknown key {unknown[0]!r}")
@@ -449,6 +450,11 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if missing:
         raise mismatch(where, expected=f"the key {missing[0]!r}", found="nothing")
     return kind(**built)
+
+
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _integers(value: list[Any], where: str) -> tuple[int, ...]:

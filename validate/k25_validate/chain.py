@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k25_runtime.batch import Batch
+from k25_runtime.media_item import MediaItem
 from k25_runtime.model_runner import ModelRunner
 from k25_runtime.runtime import Runtime
 from k25_runtime.sequence import Sequence
@@ -53,25 +54,32 @@ class Chain:
         weights = [output.expert_weights for output in outputs if output.expert_weights is not None]
         return Routing(expert_ids=np.concatenate(ids), expert_weights=np.concatenate(weights)) if ids else None
 
-    def logits(self, runner: ModelRunner, first_row: int = 0) -> Float32:
-        """Logits float32 of the rows from `first_row` on."""
-        rows = np.arange(first_row, len(self.hidden), dtype=np.int32)
+    def logits(self, runner: ModelRunner, rows_of: slice = slice(None)) -> Float32:
+        """Logits float32 of these rows."""
+        rows = np.arange(len(self.hidden), dtype=np.int32)[rows_of]
         return runner.head(runner.hidden_from_float32(self.hidden), rows)
 
 
-def chain_of_steps(runtime: Runtime, steps: Sequence_[Sequence_[int]]) -> Chain:
-    """One sequence whose tokens come in these steps."""
+def chain_of_steps(runtime: Runtime, steps: Sequence_[Sequence_[int]], media: Sequence_[MediaItem] = ()) -> Chain:
+    """One sequence whose tokens come in these steps; the media stand in the first."""
     sequence = runtime.new_sequence()
-    return Chain([_reserved(runtime, [(sequence, tokens)]) for tokens in steps])
+    return Chain(
+        [_reserved(runtime, [(sequence, tokens)], [() if index else media]) for index, tokens in enumerate(steps)]
+    )
 
 
-def chain_of_batch(runtime: Runtime, sequences: Sequence_[Sequence_[int]]) -> Chain:
-    """Several sequences in one step; rows in the order of the sequences."""
-    return Chain([_reserved(runtime, [(runtime.new_sequence(), tokens) for tokens in sequences])])
+def chain_of_batch(
+    runtime: Runtime, sequences: Sequence_[Sequence_[int]], media: Sequence_[Sequence_[MediaItem]] | None = None
+) -> Chain:
+    """Several sequences in one step, each with its media; rows in the order of the sequences."""
+    chunks = [(runtime.new_sequence(), tokens) for tokens in sequences]
+    return Chain([_reserved(runtime, chunks, [()] * len(chunks) if media is None else media)])
 
 
-def _reserved(runtime: Runtime, chunks: list[tuple[Sequence, Sequence_[int]]]) -> Batch:
-    batch = runtime.reserved_batch(chunks)
+def _reserved(
+    runtime: Runtime, chunks: list[tuple[Sequence, Sequence_[int]]], media: Sequence_[Sequence_[MediaItem]]
+) -> Batch:
+    batch = runtime.reserved_batch(chunks, media=[list(items) or None for items in media])
     for sequence, tokens in chunks:
         sequence.length += len(tokens)
     return batch

@@ -99,15 +99,21 @@ def kl_divergence(actual_logits: npt.ArrayLike, expected_logits: npt.ArrayLike) 
 
     Logits are [T, V], or [V] for one row.
     """
-    actual, expected = _rows(actual_logits, expected_logits)
-    with np.errstate(invalid="ignore", over="ignore"):
-        log_actual, log_expected = _log_softmax(actual), _log_softmax(expected)
-        probability = np.exp(log_expected)
-        terms = np.where(probability > 0, probability * (log_expected - log_actual), 0.0)
-        divergence_T = np.maximum(terms.sum(axis=-1), 0.0)  # rounding can take equal rows below zero
-    divergence_T[~_finite_rows(actual, expected)] = math.inf
+    divergence_T = kl_divergence_of_rows(actual_logits, expected_logits)
     worst = int(divergence_T.argmax())
     return KlDivergence(mean=float(divergence_T.mean()), maximum=float(divergence_T[worst]), worst_row=worst)
+
+
+def kl_divergence_of_rows(actual_logits: npt.ArrayLike, expected_logits: npt.ArrayLike) -> _Array:
+    """`kl_divergence` of each row, float64 [T]."""
+    actual, expected = _rows(actual_logits, expected_logits)
+    with np.errstate(invalid="ignore", over="ignore"):
+        log_actual, log_expected = log_softmax(actual), log_softmax(expected)
+        probability = np.exp(log_expected)
+        terms = np.where(probability > 0, probability * (log_expected - log_actual), 0.0)
+        divergence_T: _Array = np.maximum(terms.sum(axis=-1), 0.0)  # rounding can take equal rows below zero
+    divergence_T[~_finite_rows(actual, expected)] = math.inf
+    return divergence_T
 
 
 def top1_agreement(actual_logits: npt.ArrayLike, expected_logits: npt.ArrayLike) -> float:
@@ -124,7 +130,7 @@ def topk_agreement(actual_logits: npt.ArrayLike, expected_logits: npt.ArrayLike,
     if not 1 <= k <= actual.shape[-1]:
         raise ValueError(f"k: expected 1..{actual.shape[-1]}, found {k}")
     shared = [
-        len(np.intersect1d(_top_indices(actual_V, k), _top_indices(expected_V, k)))
+        len(np.intersect1d(top_indices(actual_V, k), top_indices(expected_V, k)))
         for actual_V, expected_V, finite in zip(actual, expected, _finite_rows(actual, expected), strict=True)
         if finite
     ]
@@ -176,13 +182,14 @@ def _norm(array: _Array) -> float:
     return float(np.linalg.norm(array.ravel()))
 
 
-def _log_softmax(logits_TV: _Array) -> _Array:
+def log_softmax(logits_TV: _Array) -> _Array:
+    """Log-probabilities of rows of logits."""
     shifted = logits_TV - logits_TV.max(axis=-1, keepdims=True)
     normalised: _Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normalised
 
 
-def _top_indices(logits_V: _Array, k: int) -> npt.NDArray[np.intp]:
+def top_indices(logits_V: _Array, k: int) -> npt.NDArray[np.intp]:
     """The k largest, largest first; the lower index of equal values. No full sort: vocabularies are large."""
     threshold = np.partition(logits_V, -k)[-k]
     candidates = np.flatnonzero(logits_V >= threshold)

@@ -81,6 +81,10 @@ class CheckpointTensors:
         tensor: torch.Tensor = self._shards[shard].get_tensor(name)
         return tensor
 
+    def shard_of(self, name: str) -> str:
+        """The file that the index says holds the tensor, or "?"."""
+        return self._shard_of.get(name, "?")
+
     def unmap(self) -> None:
         """Let go of the shards that are open, so that their pages do not add up over the layers."""
         self._shards.clear()

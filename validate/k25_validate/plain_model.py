@@ -48,7 +48,9 @@ class PlainModel:
         dtype: torch.dtype,
         latent_norm_eps: float,
         on_route: Callable[[int, npt.NDArray[np.int64]], None] | None = None,
+        on_value: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
+        """`on_value` is called with the name (modules as in the checkpoint) and value of each intermediate result."""
         if dtype not in (torch.float32, torch.float64):
             raise PlainReferenceError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
         self.dtype = dtype
@@ -56,6 +58,7 @@ class PlainModel:
         self._tensors = CheckpointTensors(checkpoint)
         self._latent_norm_eps = latent_norm_eps
         self._on_route = on_route
+        self._on_value = on_value
         self._inverse_frequencies_P = torch.tensor(_yarn_inverse_frequencies(self._config), dtype=dtype)
 
     @property
@@ -63,10 +66,16 @@ class PlainModel:
         """The number of layers."""
         return self._config.num_hidden_layers
 
+    @property
+    def rotated_pairs(self) -> int:
+        """P / 2."""
+        return len(self._inverse_frequencies_P)
+
     def layer(self, layer: int, x_TH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, Route | None]:
         """One decoder layer, [T, H] to [T, H], and the routing of an MoE layer. Shards are let go of at its end."""
         prefix = f"{_MODEL_PREFIX}layers.{layer}."
         x_TH = x_TH + self._attention(self._norm(x_TH, prefix + "input_layernorm"), prefix + "self_attn.", rotation)
+        self._note(prefix + "attention_residual", x_TH)
         y_TH = self._norm(x_TH, prefix + "post_attention_layernorm")
         route = None
         if layer < self._config.first_k_dense_replace:
@@ -76,7 +85,11 @@ class PlainModel:
             if self._on_route is not None:
                 self._on_route(layer, route[0].numpy())
             routed_TH = self._experts(y_TH, route[0], route[1], prefix + "mlp.experts.")
-            x_TH = x_TH + (routed_TH + self._mlp(y_TH, prefix + "mlp.shared_experts."))
+            self._note(prefix + "mlp.experts", routed_TH)
+            mixed_TH = routed_TH + self._mlp(y_TH, prefix + "mlp.shared_experts.")
+            self._note(prefix + "mlp", mixed_TH)
+            x_TH = x_TH + mixed_TH
+        self._note(prefix + "hidden_out", x_TH)
         self._tensors.unmap()
         return x_TH, route
 
@@ -100,8 +113,11 @@ class PlainModel:
         """cos and sin [T, P/2] of each position's angles, with YaRN's multiplier (1 where both mscales are equal)."""
         if first_position < 0:
             raise PlainReferenceError(f"first_position: expected 0 or more, found {first_position}")
-        positions_T = torch.arange(first_position, first_position + tokens).to(self.dtype)
-        angles = positions_T[:, None] * self._inverse_frequencies_P
+        return self.rotation_at(torch.arange(first_position, first_position + tokens))
+
+    def rotation_at(self, positions_T: torch.Tensor) -> Rotation:
+        """The same at any positions."""
+        angles = positions_T.to(self.dtype)[:, None] * self._inverse_frequencies_P
         yarn = self._config.yarn
         multiplier = _attention_scaling(yarn, yarn.mscale) / _attention_scaling(yarn, yarn.mscale_all_dim)
         return angles.cos() * multiplier, angles.sin() * multiplier
@@ -116,6 +132,10 @@ class PlainModel:
         compressed = self._linear(x_TH, prefix + "kv_a_proj_with_mqa")
         latent_TR = self._norm(compressed[:, :rank], prefix + "kv_a_layernorm", eps=self._latent_norm_eps)
         key_TP = _rotate(compressed[:, rank:], *rotation)
+        self._note(prefix + "compressed", compressed[:, :rank])
+        self._note(prefix + "k_rope", compressed[:, rank:])
+        self._note(prefix + "latent", torch.cat([latent_TR, compressed[:, rank:]], dim=-1))
+        self._note(prefix + "cache_rows", torch.cat([latent_TR, key_TP], dim=-1))
         scale = _attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
         future_TT = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         up_NDR = self._weight(prefix + "kv_b_proj.weight").view(heads, -1, rank)
@@ -126,20 +146,51 @@ class PlainModel:
             query_TD = torch.cat([q_TND[:, head, :nope], _rotate(q_TND[:, head, nope:], *rotation)], dim=-1)
             scores_TT = (query_TD @ keys_TD.T * scale).masked_fill_(future_TT, -math.inf)
             out_TND[:, head] = scores_TT.softmax(dim=-1) @ values_TD
+        self._note(prefix + "attended", out_TND.flatten(1))
         return self._linear(out_TND.flatten(1), prefix + "o_proj")
+
+    def queries_and_rows(self, layer: int, x_TH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled absorbed queries [T, N, R + P] and cache rows [T, R + P] of a layer: their products are the scores.
+
+        The model itself computes attention in another form; this is for choosing what a cache holds.
+        """
+        config, prefix = self._config, f"{_MODEL_PREFIX}layers.{layer}."
+        nope, heads, rank = config.qk_nope_head_dim, config.num_attention_heads, config.kv_lora_rank
+        y_TH = self._norm(x_TH, prefix + "input_layernorm")
+        prefix += "self_attn."
+        low_rank = self._norm(
+            self._linear(y_TH, prefix + "q_a_proj"), prefix + "q_a_layernorm", eps=self._latent_norm_eps
+        )
+        q_TND = self._linear(low_rank, prefix + "q_b_proj").view(len(x_TH), heads, -1)
+        up_NDR = self._weight(prefix + "kv_b_proj.weight").view(heads, -1, rank)
+        absorbed_TNR = torch.einsum("tnd,ndr->tnr", q_TND[..., :nope], up_NDR[:, :nope])
+        rotated = torch.stack([_rotate(q_TND[:, head, nope:], *rotation) for head in range(heads)], dim=1)
+        scale = _attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
+        compressed = self._linear(y_TH, prefix + "kv_a_proj_with_mqa")
+        latent_TR = self._norm(compressed[:, :rank], prefix + "kv_a_layernorm", eps=self._latent_norm_eps)
+        rows = torch.cat([latent_TR, _rotate(compressed[:, rank:], *rotation)], dim=-1)
+        self._tensors.unmap()
+        return torch.cat([absorbed_TNR, rotated], dim=-1) * scale, rows
 
     def _route(self, x_TH: torch.Tensor, prefix: str) -> Route:
         """Ids (best first) and weights [T, k] of the experts, and the scores [T, E] that the choice was made by.
 
         The bias takes part in the choice only.
         """
-        scores_TE = F.linear(x_TH, self._weight(prefix + "weight")).sigmoid()
+        logits_TE = F.linear(x_TH, self._weight(prefix + "weight"))
+        scores_TE = logits_TE.sigmoid()
         biased_TE = scores_TE + self._weight(prefix + "e_score_correction_bias")
-        ids_Tk = biased_TE.topk(self._config.num_experts_per_tok, dim=-1).indices
-        weights_Tk = scores_TE.gather(1, ids_Tk)
+        best_Tk, ids_Tk = biased_TE.topk(self._config.num_experts_per_tok, dim=-1)
+        weights_Tk = chosen_Tk = scores_TE.gather(1, ids_Tk)
+        total_T1 = chosen_Tk.sum(dim=-1, keepdim=True)
         if self._config.norm_topk_prob:
-            weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids_Tk, weights_Tk * self._config.routed_scaling_factor, biased_TE
+            weights_Tk = chosen_Tk / (total_T1 + 1e-20)
+        scaled_Tk = weights_Tk * self._config.routed_scaling_factor
+        stages = {"logits": logits_TE, "scores": scores_TE, "biased": biased_TE, "best": best_Tk, "ids": ids_Tk}
+        stages |= {"chosen": chosen_Tk, "total": total_T1, "normalised": weights_Tk, "weights": scaled_Tk}
+        for name, value in stages.items():
+            self._note(prefix + name, value)
+        return ids_Tk, scaled_Tk, biased_TE
 
     def _experts(self, x_TH: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, prefix: str) -> torch.Tensor:
         """The weighted sum of the chosen experts, [T, H]; only experts that are hit are read."""
@@ -153,18 +204,38 @@ class PlainModel:
     def _mlp(self, x_TH: torch.Tensor, prefix: str) -> torch.Tensor:
         return self._swiglu(x_TH, prefix, lambda name: self._weight(name + ".weight"))
 
-    @staticmethod
-    def _swiglu(x_TH: torch.Tensor, prefix: str, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        gated = F.silu(F.linear(x_TH, weight(prefix + "gate_proj")))
-        return F.linear(gated * F.linear(x_TH, weight(prefix + "up_proj")), weight(prefix + "down_proj"))
+    def _swiglu(self, x_TH: torch.Tensor, prefix: str, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        gate = F.linear(x_TH, weight(prefix + "gate_proj"))
+        silu = F.silu(gate)
+        up = F.linear(x_TH, weight(prefix + "up_proj"))
+        gated = silu * up
+        down_TH = F.linear(gated, weight(prefix + "down_proj"))
+        stages = {"gate_proj": gate, "silu": silu, "up_proj": up, "gated": gated, "down_proj": down_TH}
+        for name, value in stages.items():
+            self._note(prefix + name, value)
+        return down_TH
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self._weight(name + ".weight"))
+        y = F.linear(x, self._weight(name + ".weight"))
+        self._note(name, y)
+        return y
 
     def _norm(self, x: torch.Tensor, name: str, *, eps: float | None = None) -> torch.Tensor:
         """RMSNorm over the last axis; `eps` defaults to the configuration's `rms_norm_eps`."""
         eps = self._config.rms_norm_eps if eps is None else eps
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * self._weight(name + ".weight")
+        square = x.square()
+        mean = square.mean(dim=-1, keepdim=True)
+        inverse = torch.rsqrt(mean + eps)
+        normed = x * inverse
+        y = normed * self._weight(name + ".weight")
+        stages = {"": y, ".square": square, ".mean": mean, ".plus_eps": mean + eps, ".rsqrt": inverse}
+        for stage, value in {**stages, ".normed": normed}.items():
+            self._note(name + stage, value)
+        return y
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        if self._on_value is not None:
+            self._on_value(name, value)
 
     def _head(self, x_TH: torch.Tensor) -> torch.Tensor:
         head_VH = self._tensors.stored("language_model.lm_head.weight")

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from k25_validate.plain_model import PlainModel, Route
-from k25_validate.reference import LayerTrace, ReferenceTrace
+from k25_validate.plain_vision import PlainVision
+from k25_validate.reference import Grid, LayerTrace, MediaInput, ReferenceTrace
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,16 +41,21 @@ class PlainReference:
     ) -> None:
         self._model = PlainModel(checkpoint, dtype=dtype, latent_norm_eps=latent_norm_eps, on_route=on_route)
         self._progress = progress
+        self._checkpoint = checkpoint
+        self._latent_norm_eps = latent_norm_eps
+        self._vision: PlainVision | None = None
 
     @torch.inference_mode()
-    def trace(self, token_ids: Sequence[int], *, first_position: int = 0) -> ReferenceTrace:
+    def trace(
+        self, token_ids: Sequence[int], *, first_position: int = 0, media: Sequence[MediaInput] = ()
+    ) -> ReferenceTrace:
         """Run one sequence, causally and from scratch; its first token stands at `first_position`.
 
         The precision of `dtype` is kept between layers. Raises `ValueError` for an empty sequence, an id outside the
         vocabulary or a negative position.
         """
         model = self._model
-        x_TH = model.embed(torch.tensor(token_ids, dtype=torch.int64))
+        x_TH = self._embed(torch.tensor(token_ids, dtype=torch.int64), media)
         rotation = model.rotation(len(x_TH), first_position)
         states: list[torch.Tensor] = [x_TH]
         routes: dict[int, Route] = {}
@@ -69,23 +75,57 @@ class PlainReference:
             logits=_float32(model.logits(x_TH)),
         )
 
-    def walk(self, token_ids: Sequence[int]) -> PlainWalk:
-        """One sequence from position 0, layer by layer."""
-        return PlainWalk(self._model, token_ids)
+    def walk(
+        self,
+        token_ids: Sequence[int],
+        *,
+        media: Sequence[MediaInput] = (),
+        positions: Sequence[int] | None = None,
+    ) -> PlainWalk:
+        """One sequence, layer by layer, at consecutive positions from 0 or at those given."""
+        ids_T = torch.tensor(token_ids, dtype=torch.int64)
+        positions_T = torch.arange(len(ids_T)) if positions is None else torch.tensor(positions, dtype=torch.int64)
+        return PlainWalk(self._model, embed=lambda: self._embed(ids_T, media), positions_T=positions_T)
+
+    @property
+    def model(self) -> PlainModel:
+        """The model behind it."""
+        return self._model
+
+    def exact(self) -> PlainReference:
+        """The same reference in float64."""
+        return PlainReference(self._checkpoint, dtype=torch.float64, latent_norm_eps=self._latent_norm_eps)
+
+    @torch.inference_mode()
+    def media_embeddings(self, pixel_values: npt.NDArray[np.float32], grid: Grid) -> npt.NDArray[np.float32]:
+        """Embeddings float32 [M, H] of one media item. Raises `ValueError` for a checkpoint without vision."""
+        return _float32(self._media(pixel_values, grid))
+
+    def _media(self, pixel_values: npt.NDArray[np.float32], grid: Grid) -> torch.Tensor:
+        if self._vision is None:
+            self._vision = PlainVision(self._checkpoint, dtype=self._model.dtype)
+        return self._vision.embeddings(torch.from_numpy(pixel_values), grid)
+
+    def _embed(self, ids_T: torch.Tensor, media: Sequence[MediaInput]) -> torch.Tensor:
+        x_TH = self._model.embed(ids_T)
+        for item in media:
+            embeddings_MH = self._media(item.pixel_values, item.grid)
+            x_TH[item.first_token : item.first_token + len(embeddings_MH)] = embeddings_MH
+        return x_TH
 
 
 class PlainWalk:
     """`ReferenceWalk` of the plain reference; what passes between layers is float32."""
 
-    def __init__(self, model: PlainModel, token_ids: Sequence[int]) -> None:
+    def __init__(self, model: PlainModel, *, embed: Callable[[], torch.Tensor], positions_T: torch.Tensor) -> None:
         self._model = model
-        self._ids_T = torch.tensor(token_ids, dtype=torch.int64)
-        self._rotation = model.rotation(len(token_ids), 0)
+        self._embed = embed
+        self._rotation = model.rotation_at(positions_T)
 
     @torch.inference_mode()
     def embed(self) -> npt.NDArray[np.float32]:
         """The embedding, float32 [T, H]."""
-        return _float32(self._model.embed(self._ids_T))
+        return _float32(self._embed())
 
     @torch.inference_mode()
     def layer(self, layer: int, hidden: npt.NDArray[np.float32]) -> LayerTrace:

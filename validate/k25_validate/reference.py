@@ -1,6 +1,6 @@
 """What a reference computes: the contract between the references and everything that is judged against them.
 
-Legend: T tokens, H hidden, V vocabulary, E experts, k experts per token.
+Legend: T tokens, H hidden, V vocabulary, E experts, k experts per token, P patches, M media tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,18 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaInput:
+    """An image or a chunk of frames in a sequence: `pixel_values` float32 [P, 3, size, size] of `grid` (frames, rows,
+    columns), in that order. The embeddings of its M tokens replace those of the tokens from `first_token` on."""
+
+    pixel_values: npt.NDArray[np.float32]
+    grid: Grid
+    first_token: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +70,34 @@ class ReferenceWalk(Protocol):
 
 
 class Reference(Protocol):
-    """A text model that the exported one is judged against; `name` is `plain` or `transformers`."""
+    """A model that the exported one is judged against; `name` is `plain` or `transformers`."""
 
     @property
     def name(self) -> str:
         """The name that reports and `--reference` use."""
         ...
 
-    def trace(self, token_ids: Sequence[int], *, first_position: int = 0) -> ReferenceTrace:
+    def trace(
+        self, token_ids: Sequence[int], *, first_position: int = 0, media: Sequence[MediaInput] = ()
+    ) -> ReferenceTrace:
         """Run one sequence whose first token stands at `first_position`, with nothing before it."""
         ...
 
-    def walk(self, token_ids: Sequence[int]) -> ReferenceWalk:
-        """The same, layer by layer."""
+    def walk(
+        self,
+        token_ids: Sequence[int],
+        *,
+        media: Sequence[MediaInput] = (),
+        positions: Sequence[int] | None = None,
+    ) -> ReferenceWalk:
+        """The same, layer by layer, at consecutive positions from 0 or at the ascending ones given.
+
+        Each token sees itself and those before it in `token_ids`, wherever they stand.
+        """
+        ...
+
+    def media_embeddings(self, pixel_values: npt.NDArray[np.float32], grid: Grid) -> npt.NDArray[np.float32]:
+        """Embeddings float32 [M, H] of one media item, from vision tower and projector."""
         ...
 
 

@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 from k25_export.manifest import REPORTS_FOLDER
 from k25_plugins.whole_file import write_whole
-from k25_validate.parity_report import ParityReport, report_to_dict
+from k25_validate.parity_report import Check, ParityReport, report_to_dict
 from k25_validate.report_html import html_from_report
+from k25_validate.report_text import visible
 
 
 def write_report(report: ParityReport, bundle: Path) -> Path:
@@ -26,22 +27,44 @@ def write_report(report: ParityReport, bundle: Path) -> Path:
 
 
 def junit_from_report(report: ParityReport) -> str:
-    """One test case a check, grouped by section, as GitHub and GitLab show them."""
+    """One test case a check, grouped by section, as GitHub and GitLab show them.
+
+    What was not checked is a skipped case; so is a failure that `--fail-on` leaves out, with its values in the message.
+    """
     root = ElementTree.Element("testsuites", name="k25-export parity")
     for section in dict.fromkeys(check.section for check in report.checks):
         checks = [check for check in report.checks if check.section == section]
-        failures = sum(not check.passed for check in checks)
-        suite = ElementTree.SubElement(
-            root, "testsuite", name=section, tests=str(len(checks)), failures=str(failures), errors="0", skipped="0"
-        )
+        failures = sum(not check.passed and report.counts(check) for check in checks)
+        skipped = sum(not check.passed and not report.counts(check) for check in checks)
+        suite = _suite(root, section, tests=len(checks), failures=failures, skipped=skipped)
         for check in checks:
             case = ElementTree.SubElement(
-                suite, "testcase", classname=f"parity.{section.replace(' ', '_')}", name=f"{check.name}: {check.metric}"
+                suite,
+                "testcase",
+                classname=f"parity.{section.replace(' ', '_')}",
+                name=visible(f"{check.name}: {check.metric}"),
             )
-            bound = f"{check.tolerance.bound} {check.tolerance.value:.6g} ({check.tolerance.reason})"
-            if not check.passed:
-                message = f"{check.metric} {check.value:.6g}, expected {bound}"
-                ElementTree.SubElement(case, "failure", message=message).text = check.detail
-            ElementTree.SubElement(case, "system-out").text = f"{check.value:.6g}, {bound}"
+            _outcome(case, check, counts=report.counts(check))
+    if report.not_checked:
+        suite = _suite(root, "not checked", tests=len(report.not_checked), failures=0, skipped=len(report.not_checked))
+        for item in report.not_checked:
+            case = ElementTree.SubElement(suite, "testcase", classname="parity.not_checked", name=visible(item))
+            ElementTree.SubElement(case, "skipped", message="not checked")
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _suite(root: ElementTree.Element, name: str, *, tests: int, failures: int, skipped: int) -> ElementTree.Element:
+    counts = {"tests": str(tests), "failures": str(failures), "errors": "0", "skipped": str(skipped)}
+    return ElementTree.SubElement(root, "testsuite", {"name": name, **counts})
+
+
+def _outcome(case: ElementTree.Element, check: Check, *, counts: bool) -> None:
+    bound = f"{check.tolerance.bound} {check.tolerance.value:.6g} ({check.tolerance.reason})"
+    if not check.passed:
+        message = f"{check.metric} {check.value:.6g}, expected {bound}"
+        if counts:
+            ElementTree.SubElement(case, "failure", message=visible(message)).text = visible(check.detail)
+        else:
+            ElementTree.SubElement(case, "skipped", message=visible(f"does not count (--fail-on): {message}"))
+    ElementTree.SubElement(case, "system-out").text = visible(f"{check.value:.6g}, {bound}")

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from k25_plugins.errors import BackendMissingError, VerificationError
-from k25_validate.reference import ReferenceTrace, TraceWalk
+from k25_validate.reference import Grid, MediaInput, ReferenceTrace, TraceWalk
+from k25_validate.transformers_vision import embeddings_from_transformers
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,14 +79,22 @@ class TransformersReference:
                 getattr(layer.self_attn, norm).variance_epsilon = latent_norm_eps
 
     @torch.inference_mode()
-    def trace(self, token_ids: Sequence[int], *, first_position: int = 0) -> ReferenceTrace:
+    def trace(
+        self, token_ids: Sequence[int], *, first_position: int = 0, media: Sequence[MediaInput] = ()
+    ) -> ReferenceTrace:
         """Run one sequence, causally and from scratch; its first token stands at `first_position`.
 
         Raises `ValueError` for an empty sequence, an id outside the vocabulary or a negative position.
         """
         if first_position < 0:
             raise ValueError(f"first_position: expected 0 or more, found {first_position}")
+        return self._trace(token_ids, range(first_position, first_position + len(token_ids)), media)
+
+    def _trace(self, token_ids: Sequence[int], positions: Sequence[int], media: Sequence[MediaInput]) -> ReferenceTrace:
         embeddings = self._embed(token_ids)
+        for item in media:
+            found = self._media(item)
+            embeddings[0, item.first_token : item.first_token + len(found)] = found
         states: dict[int, torch.Tensor] = {}
         routes: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         with ExitStack() as hooks:
@@ -94,7 +103,7 @@ class TransformersReference:
                 if hasattr(layer.mlp, "gate"):
                     handle = layer.mlp.gate.register_forward_hook(_keep(routes, index, lambda output: output))
                     hooks.callback(handle.remove)
-            logits = self._forward(embeddings, first_position)
+            logits = self._forward(embeddings, positions)
         return ReferenceTrace(
             token_ids=np.asarray(token_ids, np.int64),
             hidden=tuple(state[0].numpy() for state in (embeddings, *(states[index] for index in sorted(states)))),
@@ -104,9 +113,38 @@ class TransformersReference:
             logits=logits.numpy(),
         )
 
-    def walk(self, token_ids: Sequence[int]) -> TraceWalk:
+    @torch.inference_mode()
+    def walk(
+        self,
+        token_ids: Sequence[int],
+        *,
+        media: Sequence[MediaInput] = (),
+        positions: Sequence[int] | None = None,
+    ) -> TraceWalk:
         """The same layer by layer, out of one forward pass: transformers holds the whole model anyway."""
-        return TraceWalk(self.trace(token_ids))
+        return TraceWalk(self._trace(token_ids, range(len(token_ids)) if positions is None else positions, media))
+
+    @torch.inference_mode()
+    def media_embeddings(self, pixel_values: npt.NDArray[np.float32], grid: Grid) -> npt.NDArray[np.float32]:
+        """Embeddings float32 [M, H] of one media item, by transformers' tower and projector."""
+        embeddings: npt.NDArray[np.float32] = self._media(MediaInput(pixel_values=pixel_values, grid=grid)).numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def fused_logits(self, token_ids: Sequence[int], media: Sequence[MediaInput]) -> npt.NDArray[np.float32]:
+        """Logits [T, V] where transformers itself puts the media in the place of `media_placeholder_token_id`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        encoded = BaseModelOutputWithPooling(pooler_output=tuple(self._media(item) for item in media))
+        ids = torch.tensor([list(token_ids)], dtype=torch.int64)
+        output = self._model(input_ids=ids, mm_encoder_outputs={"image": encoded}, use_cache=False)
+        logits: npt.NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits
+
+    def _media(self, item: MediaInput) -> torch.Tensor:
+        if not hasattr(self._model.model, "vision_tower"):
+            raise ValueError("config.json: expected a vision_config, found none: the checkpoint is text only")
+        return embeddings_from_transformers(self._model.model, torch.from_numpy(item.pixel_values), item.grid)
 
     def _scores(self, layer: int, router_logits: torch.Tensor) -> npt.NDArray[np.float32]:
         bias = self._text.layers[layer].mlp.gate.e_score_correction_bias
@@ -138,9 +176,14 @@ class TransformersReference:
         embeddings: torch.Tensor = table(ids)
         return embeddings
 
-    def _forward(self, embeddings: torch.Tensor, first_position: int) -> torch.Tensor:
-        positions = torch.arange(first_position, first_position + embeddings.shape[1])[None]
-        output = self._model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+    def _forward(self, embeddings: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        # Without a mask, transformers takes a gap between positions for the end of a packed sequence.
+        output = self._model(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64),
+            position_ids=torch.tensor([list(positions)], dtype=torch.int64),
+            use_cache=False,
+        )
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
@@ -183,7 +226,8 @@ def _model_from_checkpoint(checkpoint: Path, values: Mapping[str, Any], progress
             config=config,
             state_dict=state,
             dtype=torch.float32,
-            attn_implementation="eager",
+            # A whole image's scores do not fit into memory; the text model is judged by the plainest form.
+            attn_implementation={"vision_config": "sdpa", "text_config": "eager", "": "eager"},
             experts_implementation="eager",
             local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they come back by name instead of being raised

@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import onnxruntime
-
-from k25_export.manifest import REPORTS_FOLDER, Manifest, read_manifest
+from k25_export.manifest import REPORTS_FOLDER, Manifest
 from k25_plugins.errors import InputError
 from k25_plugins.version import __version__
+from k25_runtime.bundle_files import BundleFiles
 from k25_runtime.mapped_checkpoint import checkpoint_folder
 from k25_runtime.runtime import Runtime
-from k25_validate.parity_checks import component_rows, parity_checks
+from k25_validate.baseline import baseline_from_file, compared_with_baseline
+from k25_validate.far_positions import far_parity, far_starts
+from k25_validate.logit_summary import figures_of_prompt, logits_summary, passage_row
+from k25_validate.media_samples import MediaSample, built_in_media
+from k25_validate.parity_checks import (
+    component_rows,
+    expert_loads,
+    far_rows,
+    media_rows,
+    parity_checks,
+    replaced_tolerances,
+    with_overrides,
+)
 from k25_validate.parity_report import ParityReport
 from k25_validate.parity_walk import ParityWalk
-from k25_validate.prompts import Prompt, built_in_prompts
+from k25_validate.prompt_files import BUILT_IN_PASSAGE, passages_from_file, passages_from_text, prompts_from_file
+from k25_validate.prompts import Prompt, prompts_for_bundle
 from k25_validate.read_ahead import ExpertReadAhead
 from k25_validate.reference import Reference
-from k25_validate.validation_key import validation_key
+from k25_validate.report_facts import machine_facts, not_checked, text_of_ids
+from k25_validate.report_rows import ComponentRow
+from k25_validate.task_rows import task_rows
+from k25_validate.tolerance_overrides import Overrides, check_layers, overridden, recorded_overrides
+from k25_validate.tolerances import Tolerance
+from k25_validate.validation_key import prompts_digest, validation_key
+from k25_validate.validation_options import ValidationOptions
 from k25_validate.walk_files import STATE_NAME, read_state, write_state
+
+if TYPE_CHECKING:
+    from k25_validate.plain_reference import PlainReference
 
 ReferenceName = Literal["plain", "transformers"]
 Stream = Literal["auto", "on", "off"]
 Progress = Callable[[str, int, int], None]
 
 CONTEXT = 512
-CHAINS_OF_A_PROMPT = 4
+BLOCK_SIZE = 32
+CHAINS_OF_A_PROMPT = 5
 
 NOT_CHECKED = (
     "bf16 components: ONNX Runtime's CPU provider cannot run them",
-    "TensorRT engines and GPUs: no engine has been built",
-    "the vision tower and images: the vision component is not there yet",
-    "positions beyond the prompts' lengths (float32 angles round more from about 30,000 tokens on)",
+    "TensorRT engines and GPUs: this report is of ONNX Runtime on a CPU",
 )
 
 
@@ -53,10 +74,15 @@ def parity_report_from_bundle(
     reference_checkpoint: str | Path | None = None,
     stream: Stream = "auto",
     prompts: tuple[Prompt, ...] | None = None,
+    samples: tuple[MediaSample, ...] | None = None,
+    options: ValidationOptions | None = None,
     threads: int = 0,
     progress: Progress = _no_progress,
 ) -> ParityReport:
-    """Run the prompts (the built-in ones, unless given) through bundle and reference and compare, layer by layer.
+    """Run prompts through bundle and reference and compare, layer by layer.
+
+    The prompts are those given, those of `options`, or the built-in ones with a passage of text. A model with vision
+    also gets pictures (the built-in ones, unless `samples` are given), and every model tokens at far positions.
 
     Streamed (`on`, or `auto` where the weights exceed the machine's memory) one layer's weights are held at a time, and
     the state after each layer is kept in `reports/` until the walk is done, so that an interrupted one goes on there.
@@ -64,58 +90,135 @@ def parity_report_from_bundle(
     not finite, or far off, is a failed check of the report, not an error.
     """
     started = time.monotonic()
-    read_manifest(bundle)  # what is no bundle is refused as that
+    options = options or ValidationOptions()
+    files = BundleFiles(bundle)  # what is no bundle is refused as that
+    manifest = files.manifest
+    check_layers(options.tolerances, {entry.name: entry.layers or () for entry in manifest.components})
+    baseline = None if options.baseline is None else baseline_from_file(options.baseline)
     folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
+    samples = _samples(manifest, samples)
+    prompts = _prompts(files, samples, options) if prompts is None else prompts
+    longest = max(CONTEXT, *(len(prompt.token_ids) for prompt in prompts))
     with (
         _bad_weights_as_input_errors(),
         Runtime.open(
             bundle,
             checkpoint=checkpoint,
             mode="exact",
-            context=CONTEXT,
-            max_sequences=CHAINS_OF_A_PROMPT * (4 if prompts is None else len(prompts)),
+            context=min(longest, manifest.model.text.max_position_embeddings),
+            max_sequences=_sequences(prompts, longest),
+            block_size=BLOCK_SIZE,
             threads=threads,
             bind_layers=False,
         ) as runtime,
     ):
-        manifest = runtime.manifest
         is_streamed = _is_streamed(stream, reference, manifest)
-        prompts = built_in_prompts(runtime) if prompts is None else prompts
-        key = validation_key(manifest, reference=reference, checkpoint=folder)
+        key = validation_key(manifest, reference=reference, checkpoint=folder, options=options)
+        walk_key = f"{key}|{prompts_digest(prompts)}"
         with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
-            walk = ParityWalk(runtime, judge, prompts)
+            plain = _plain(judge, folder, manifest)
+            walk = ParityWalk(runtime, judge, prompts, samples, exact=plain.exact())
             state_path = bundle / REPORTS_FOLDER / STATE_NAME
-            components, logits = walk.run(
-                state=read_state(state_path, key=key) if is_streamed else None,
-                on_layer=(lambda state: write_state(state_path, state, key=key)) if is_streamed else None,
+            state, figures = walk.run(
+                keep=figures_of_prompt,
+                state=read_state(state_path, key=walk_key) if is_streamed else None,
+                on_layer=(lambda state: write_state(state_path, state, key=walk_key)) if is_streamed else None,
                 is_streamed=is_streamed,
                 progress=progress,
             )
-        rows = component_rows(components, manifest.model.text)
-        report = ParityReport(
-            key=key,
-            subject=_bundle_facts(manifest),
-            reference={"name": judge.name, "precision": "float32", "experts": "(nibble - 8) * scale, exact in float32"},
-            runtime={
-                "backend": "onnxruntime-cpu, function bodies",
-                "precision": "fp32",
-                "mode": "exact",
-                "streamed": "yes, one layer at a time" if is_streamed else "no",
-                "onnxruntime": onnxruntime.__version__,
-                "k25-export": __version__,
-            },
-            machine={"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-            prompts=tuple(
-                {"name": prompt.name, "prompt_tokens": len(prompt.prompt_ids), "decoded_tokens": len(prompt.next_ids)}
-                for prompt in prompts
-            ),
-            rows=rows,
-            checks=parity_checks(rows, prompts, logits),
-            not_checked=NOT_CHECKED,
-            seconds=time.monotonic() - started,
-        )
-        state_path.unlink(missing_ok=True)
-        return report
+            starts = far_starts(runtime)
+            far = far_rows(
+                far_parity(runtime, plain, plain.model, starts, is_streamed=is_streamed, progress=progress),
+                manifest.model.text,
+            )
+            reference_name, details = judge.name, dict(runtime.runner.details)
+            tasks = task_rows(bundle, checkpoint, folder, judge, threads=threads, progress=progress)
+    rows = component_rows(state.components, manifest.model)
+    media = media_rows(samples, state.components, manifest.model)
+    layers = {row.label: row.layer for row in rows if row.layer is not None}
+    checks = tuple(
+        with_overrides(check, options.tolerances, layers)
+        for check in parity_checks(rows, prompts, figures, media=media, far=far, tasks=tasks)
+    )
+    logits = logits_summary(prompts, figures, text_of_ids(files))
+    facts: dict[str, dict[str, Any]] = {
+        "subject": _bundle_facts(bundle, manifest),
+        "reference": {
+            "name": reference_name,
+            "precision": "float32",
+            "experts": "(nibble - 8) * scale, exact in float32",
+        },
+        "runtime": {
+            "backend": "onnxruntime-cpu",
+            "precision": "fp32",
+            "mode": "exact",
+            **details,
+            "streamed": "yes, one layer at a time" if is_streamed else "no",
+            **_versions(reference),
+        },
+        "machine": machine_facts(),
+    }
+    summary = None
+    if baseline is not None:
+        summary, more = compared_with_baseline(baseline, checks, facts=facts, logits=logits, tasks=tasks)
+        checks += tuple(with_overrides(check, options.tolerances, layers) for check in more)
+    report = ParityReport(
+        key=key,
+        **facts,
+        prompts=tuple(item.row for item in figures),
+        rows=tuple(replace(row, tolerance=_shown_tolerance(row, options.tolerances)) for row in rows),
+        media=tuple(replace(row, tolerance=overridden(row.tolerance, options.tolerances)) for row in media),
+        experts=expert_loads(state),
+        logits=logits,
+        passages=tuple(
+            passage_row(prompt, item) for prompt, item in zip(prompts, figures, strict=True) if prompt.is_passage
+        ),
+        tasks=tasks,
+        far=tuple(replace(row, tolerance=overridden(row.tolerance, options.tolerances)) for row in far),
+        checks=checks,
+        overrides=recorded_overrides(options.tolerances, replaced_tolerances(checks, options.tolerances, layers)),
+        fail_on=options.fail_on,
+        baseline=summary,
+        not_checked=(*NOT_CHECKED, *not_checked(files, prompts, samples, starts, tasks)),
+        seconds=time.monotonic() - started,
+    )
+    state_path.unlink(missing_ok=True)
+    return report
+
+
+def _prompts(files: BundleFiles, samples: tuple[MediaSample, ...], options: ValidationOptions) -> tuple[Prompt, ...]:
+    """The built-in prompts or those of a file, and the passage."""
+    prompts = (
+        prompts_for_bundle(files, samples) if options.prompts is None else prompts_from_file(options.prompts, files)
+    )
+    if options.text is not None:
+        return (*prompts, *passages_from_file(options.text, files))
+    if not files.has_tokenizer:
+        return prompts
+    return (*prompts, *passages_from_text(files, BUILT_IN_PASSAGE, name="built-in text"))
+
+
+def _sequences(prompts: tuple[Prompt, ...], longest: int) -> int:
+    """Sequences of the longest length that take the room of all chains."""
+    blocks = CHAINS_OF_A_PROMPT * sum(-(-len(prompt.token_ids) // BLOCK_SIZE) for prompt in prompts)
+    return -(-blocks // -(-longest // BLOCK_SIZE))
+
+
+def _shown_tolerance(row: ComponentRow, overrides: Overrides) -> Tolerance:
+    return overridden(row.tolerance, overrides, layer=row.layer)
+
+
+def _plain(judge: Reference, folder: Path, manifest: Manifest) -> PlainReference:
+    """The judge where it is the plain reference, else one: noise floor and far positions are its business.
+
+    Far positions: two float32 implementations of the frequencies differ by a unit in the last place, which is
+    0.02 radians at 262,144; the plain reference rounds angles where the op does.
+    """
+    from k25_validate.plain_reference import PlainReference
+
+    if isinstance(judge, PlainReference):
+        return judge
+    return PlainReference(folder, latent_norm_eps=manifest.model.text.latent_norm_eps)
 
 
 @contextlib.contextmanager
@@ -146,6 +249,13 @@ def _opened_reference(
         yield PlainReference(folder, latent_norm_eps=latent_norm_eps, on_route=on_route)
 
 
+def _samples(manifest: Manifest, samples: tuple[MediaSample, ...] | None) -> tuple[MediaSample, ...]:
+    vision = manifest.model.vision
+    if vision is None:
+        return ()
+    return built_in_media(vision) if samples is None else samples
+
+
 def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -> bool:
     weights = sum(shard.bytes for shard in manifest.shards)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -156,8 +266,9 @@ def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -
     return stream == "on" or (stream == "auto" and weights > memory)
 
 
-def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
+def _bundle_facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     return {
+        "bundle": bundle.resolve().name,
         "inputs_sha256": manifest.inputs_sha256,
         "components": {
             entry.name: {file.precision: file.sha256 for file in entry.files} for entry in manifest.components
@@ -165,3 +276,8 @@ def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
         "shards": {shard.file: shard.header_sha256 for shard in manifest.shards},
         "layers": manifest.model.text.num_hidden_layers,
     }
+
+
+def _versions(reference: ReferenceName) -> dict[str, str]:
+    tools = ("onnxruntime", "numpy", "torch", *(("transformers",) if reference == "transformers" else ()))
+    return {"k25-export": __version__, **{tool: importlib.metadata.version(tool) for tool in tools}}

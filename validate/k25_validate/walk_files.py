@@ -17,11 +17,14 @@ from k25_validate.parity_walk import ComponentParity, WalkState
 
 STATE_NAME = ".walk-state.npz"
 
+_ARRAYS = ("batched", "expected_load", "actual_load")
+_LISTS = ("expected", "own", "decoded", "resumed", "kept")
+
 
 def write_state(path: Path, state: WalkState, *, key: str) -> None:
     """Write the state, whole or not at all. `key` names the inputs that it belongs to."""
-    arrays: dict[str, Any] = {"batched": state.batched}
-    for name in ("expected", "own", "decoded", "kept"):
+    arrays: dict[str, Any] = {name: getattr(state, name) for name in _ARRAYS}
+    for name in _LISTS:
         arrays |= {f"{name}_{index}": array for index, array in enumerate(getattr(state, name))}
     facts = {
         "key": key,
@@ -43,15 +46,10 @@ def read_state(path: Path, *, key: str) -> WalkState | None:
             if facts["key"] != key:
                 return None
             count = range(facts["prompts"])
-            lists = {
-                name: [arrays[f"{name}_{index}"] for index in count] for name in ("expected", "own", "decoded", "kept")
-            }
-            return WalkState(
-                next_layer=facts["next_layer"],
-                batched=arrays["batched"],
-                components=[_component(values) for values in facts["components"]],
-                **lists,
-            )
+            lists = {name: [arrays[f"{name}_{index}"] for index in count] for name in _LISTS}
+            fields: dict[str, Any] = {**lists, **{name: arrays[name] for name in _ARRAYS}}
+            components = [_component(values) for values in facts["components"]]
+            return WalkState(next_layer=facts["next_layer"], components=components, **fields)
     except (OSError, KeyError, ValueError, TypeError, BadZipFile):
         return None  # absent or damaged: the walk starts again
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from k25_cli.engine_stage import compilation_values, compile_bundle, require_targets
 from k25_cli.output import Output, output_options
-from k25_cli.stages import export_bundle, export_options, require_reference, validate_bundle, validation_options
+from k25_cli.stages import (
+    export_bundle,
+    export_options,
+    report_choices,
+    report_options,
+    require_reference,
+    validate_bundle,
+    validation_options,
+)
 
 
 @click.command("build")
 @click.argument("checkpoint")
 @export_options
 @validation_options
+@report_options
 @click.option("--target", multiple=True, help="Also build TensorRT engines: sm80, sm120, ...; repeat it.")
 @output_options
 def command(
@@ -28,6 +38,7 @@ def command(
     target: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    **choices: Any,
 ) -> int:
     """Export CHECKPOINT to a bundle and validate it. A bundle whose parity fails is kept, with its report.
 
@@ -37,6 +48,7 @@ def command(
     if target:
         require_targets(target)
     require_reference(reference)
+    options = report_choices(**choices)
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress() as progress:
         export = export_bundle(
@@ -49,7 +61,13 @@ def command(
         )
         compilation = compile_bundle(output, target, progress=progress) if target else None
         result = validate_bundle(
-            output, checkpoint=checkpoint, reference=reference, stream=stream, may_reuse=True, progress=progress
+            output,
+            checkpoint=checkpoint,
+            reference=reference,
+            stream=stream,
+            options=options,
+            may_reuse=True,
+            progress=progress,
         )
     bundle = str(output.resolve())
     values = {"bundle": bundle, "reused": export.is_reused, **result.values}
