@@ -6,10 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Tensors are tiny here: threads that wait for each other cost more than they bring, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, so that a change is judged by what it changed; K25_FUZZ=1 looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=not os.environ.get("K25_FUZZ"))
+hypothesis.settings.load_profile("same")
 
 #: Sizes that have nothing in common with a preset: no powers of two, no multiples of 8, different head widths.
 ODD_SIZES = {
