@@ -1,10 +1,11 @@
 """The native ops at K2.5's real shapes, against the memory bandwidth and, where it is there, kt-kernel, in one run.
 
-    .venv/bin/python bench/native_ops.py [--json FILE] [--rounds N] [--tokens 1,2,4,8,16,64] [--peer PYTHON]
+    .venv/bin/python bench/native_ops.py [--json FILE] [--rounds N] [--tokens 1,2,4,8,16,64] [--peer PYTHON] [--qmoe]
 
 Everything that is compared takes turns, N rounds; best and median of each. `--peer` is a Python with torch and
-kt-kernel (bench/peers/kt_kernel.py says how to make one). Experts are 16 random ones (400 MB), so that nothing stays
-in a cache.
+kt-kernel (bench/peers/kt_kernel.py says how to make one), `--qmoe` adds ONNX Runtime's own QMoE, in float32 and with
+int8 activations (3 GB of memory). Peers are stopped while it is not their turn. Experts are 16 random ones (400 MB), so
+that nothing stays in a cache.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +154,29 @@ class Matrix:
 
 
 class Peer:
-    """kt-kernel in a process of its own, one call for each line that it is sent."""
+    """A script in a process of its own, one call for each line that it is sent; stopped in between."""
 
-    def __init__(self, python: str, threads: int) -> None:
-        script = Path(__file__).parent / "peers" / "kt_kernel.py"
-        self.process = subprocess.Popen(
-            [python, "-P", str(script), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, name: str, python: str, script: str, *arguments: int) -> None:
+        self.name = name
+        path = Path(__file__).parent / "peers" / script
+        command = [python, "-P", str(path), *(str(argument) for argument in arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._line("ready")
+        self.process.send_signal(signal.SIGSTOP)
 
     def seconds(self, tokens: int) -> float:
         """Seconds of one call."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         print(tokens, file=self.process.stdin, flush=True)
-        return float(self._line("seconds"))
+        seconds = float(self._line("seconds"))
+        self.process.send_signal(signal.SIGSTOP)
+        return seconds
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
 
     def _line(self, word: str) -> str:
         assert self.process.stdout is not None
@@ -188,6 +199,15 @@ def row(name: str, tokens: int, seconds: list[float], used_bytes: int, operation
     }
 
 
+def opened_peers(options: argparse.Namespace) -> Iterator[Peer]:
+    """Those that were asked for."""
+    if options.peer:
+        yield Peer("kt-kernel AMXInt4_KGroup_MOE", options.peer, "kt_kernel.py", options.threads)
+    if options.qmoe:
+        yield Peer("ONNX Runtime QMoE, float32", sys.executable, "qmoe.py", options.threads, 0)
+        yield Peer("ONNX Runtime QMoE, int8", sys.executable, "qmoe.py", options.threads, 4)
+
+
 def main() -> None:
     """Parse, measure in turns, print a table and, where asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -196,35 +216,42 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", default="1,2,4,8,16,64,256")
     parser.add_argument("--peer", help="a Python with torch and kt-kernel")
+    parser.add_argument("--qmoe", action="store_true", help="ONNX Runtime's QMoE takes part")
     options = parser.parse_args()
     library = native_library()
     if library is None:
         raise SystemExit("native_ops: no native library; run make setup")
     bandwidth, layer = Bandwidth(), ExpertLayer(library, options.threads)
     matrix = Matrix(library, 7168, 7168, options.threads)
-    peer = Peer(options.peer, options.threads) if options.peer else None
+    peers = list(opened_peers(options))
     sizes = [int(size) for size in options.tokens.split(",")]
     rates: list[float] = []
     rows: list[dict[str, Any]] = []
     for tokens in sizes:
-        ours, theirs, linear, used = [], [], [], 0
+        ours: list[float] = []
+        linear: list[float] = []
+        theirs: dict[str, list[float]] = {peer.name: [] for peer in peers}
+        used = 0
         rounds = max(3, options.rounds if tokens <= 16 else options.rounds // 3)
         for turn in range(rounds + 1):
             seconds, used = layer.seconds(tokens)
-            other = peer.seconds(tokens) if peer else 0.0
+            others = {peer.name: peer.seconds(tokens) for peer in peers}
             dense = matrix.seconds(tokens)
             if turn:  # the first is a warm-up
                 ours.append(seconds)
-                theirs.append(other)
+                for name, other in others.items():
+                    theirs[name].append(other)
                 linear.append(dense)
             rates.append(bandwidth())
         operations = 6.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE
         rows.append(row("expert layer 7168/2048, top-8", tokens, ours, used * EXPERT_BYTES, operations))
-        if peer:
-            rows[-1]["of_kt_kernel"] = round(min(ours) / min(theirs), 3)
-            rows[-1]["of_kt_kernel_median"] = round(statistics.median(ours) / statistics.median(theirs), 3)
-            rows.append(row("  kt-kernel AMXInt4_KGroup_MOE", tokens, theirs, used * EXPERT_BYTES, operations))
+        for name, times in theirs.items():
+            rows.append(row(f"  {name}", tokens, times, used * EXPERT_BYTES, operations))
+            rows[-1]["k25_of_it"] = round(min(ours) / min(times), 3)
+            rows[-1]["k25_of_it_median"] = round(statistics.median(ours) / statistics.median(times), 3)
         rows.append(row("linear 7168x7168 bf16", tokens, linear, matrix.bytes, 2.0 * tokens * matrix.bytes / 2))
+    for peer in peers:
+        peer.close()
     best = max(rates)
     for entry in rows:
         entry["of_bandwidth"] = round(entry["gb_per_s"] / best, 2)
@@ -240,10 +267,10 @@ def main() -> None:
     print(
         f"{library.version}, {library.isa}, {options.threads} threads; read bandwidth {best:.1f} GB/s", file=sys.stderr
     )
-    print("| work | tokens | best ms | median ms | GB/s | of bandwidth | GFLOP/s | of kt-kernel (median) |")
+    print("| work | tokens | best ms | median ms | GB/s | of bandwidth | GFLOP/s | k25 takes of it (median) |")
     print("|---|---|---|---|---|---|---|---|")
     for entry in rows:
-        ratio = f"{entry['of_kt_kernel']} ({entry['of_kt_kernel_median']})" if "of_kt_kernel" in entry else ""
+        ratio = f"{entry['k25_of_it']} ({entry['k25_of_it_median']})" if "k25_of_it" in entry else ""
         cells = [entry[name] for name in ("work", "tokens", "best_ms", "median_ms", "gb_per_s", "of_bandwidth")]
         print("| " + " | ".join(str(cell) for cell in [*cells, entry["gflop_per_s"], ratio]) + " |")
 

@@ -1,5 +1,6 @@
-// The k25 operators as custom operators of ONNX Runtime's CPU provider: one for each operator and assignment of dtypes, since
-// a registered name replaces the function body and a combination without a kernel would be refused.
+// The k25 operators as custom operators of ONNX Runtime: one for each operator and assignment of dtypes, since a registered
+// name replaces the function body and a combination without a kernel would be refused. They are for the CPU provider and,
+// where this library has GPU kernels, for the CUDA provider, on the stream that it hands over.
 //
 // A session takes the mode of the thread that creates it (k25_set_session_mode). Tasks run on the session's own threads.
 // Errors come back as a status with the core's message.
@@ -36,6 +37,8 @@ struct Kernel {
 using Outputs = k25_status (*)(const k25_tensor*, const Kernel&, k25_tensor*, k25_message);
 using Compute = k25_status (*)(const k25_tensor*, const Kernel&, const k25_tensor*, const k25_cpu_options*,
                                k25_message);
+using GpuWorkspace = k25_status (*)(const k25_tensor*, const Kernel&, size_t*, k25_message);
+using GpuLaunch = k25_status (*)(const k25_tensor*, const Kernel&, const k25_tensor*, void*, void*, k25_message);
 using Read = OrtStatus* (*)(const OrtKernelInfo*, Kernel&);
 
 // What differs between operators.
@@ -44,6 +47,8 @@ struct Functions {
   Read read;
   Outputs outputs;
   Compute compute;
+  GpuWorkspace gpu_workspace;
+  GpuLaunch gpu_launch;
 };
 
 struct Operator : OrtCustomOp {
@@ -105,7 +110,13 @@ const Functions kFunctions[] = {
        return k25_linear_outputs(inputs, outputs, message);
      },
      [](const k25_tensor* inputs, const Kernel&, const k25_tensor* outputs, const k25_cpu_options* options,
-        k25_message message) { return k25_linear_cpu(inputs, outputs, options, message); }},
+        k25_message message) { return k25_linear_cpu(inputs, outputs, options, message); },
+     [](const k25_tensor*, const Kernel&, size_t* bytes, k25_message) {
+       *bytes = 0;
+       return K25_OK;
+     },
+     [](const k25_tensor* inputs, const Kernel&, const k25_tensor* outputs, void*, void* stream,
+        k25_message message) { return k25_linear_gpu(inputs, outputs, stream, message); }},
     {&kMoEDispatch, read_moe_dispatch,
      [](const k25_tensor* inputs, const Kernel& kernel, k25_tensor* outputs, k25_message message) {
        return k25_moe_dispatch_outputs(inputs, &kernel.attributes.moe_dispatch, outputs, message);
@@ -113,6 +124,13 @@ const Functions kFunctions[] = {
      [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, const k25_cpu_options* options,
         k25_message message) {
        return k25_moe_dispatch_cpu(inputs, &kernel.attributes.moe_dispatch, outputs, options, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, size_t* bytes, k25_message message) {
+       return k25_moe_dispatch_gpu_workspace(inputs, &kernel.attributes.moe_dispatch, bytes, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, void* workspace, void* stream,
+        k25_message message) {
+       return k25_moe_dispatch_gpu(inputs, &kernel.attributes.moe_dispatch, outputs, workspace, stream, message);
      }},
 #if defined(K25_HAS_MLA)
     {&kMLA, read_mla,
@@ -122,6 +140,13 @@ const Functions kFunctions[] = {
      [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, const k25_cpu_options* options,
         k25_message message) {
        return k25_mla_cpu(inputs, &kernel.attributes.mla, outputs, options, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, size_t* bytes, k25_message message) {
+       return k25_mla_gpu_workspace(inputs, &kernel.attributes.mla, bytes, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, void* workspace, void* stream,
+        k25_message message) {
+       return k25_mla_gpu(inputs, &kernel.attributes.mla, outputs, workspace, stream, message);
      }},
 #endif
 #if defined(K25_HAS_VISION_ATTENTION)
@@ -132,7 +157,8 @@ const Functions kFunctions[] = {
      [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, const k25_cpu_options* options,
         k25_message message) {
        return k25_vision_attention_cpu(inputs, &kernel.attributes.vision_attention, outputs, options, message);
-     }},
+     },
+     nullptr, nullptr},
 #endif
 };
 [[maybe_unused]] const Read kUnused[] = {read_mla, read_vision_attention};
@@ -166,21 +192,19 @@ void run_on_session_threads(void* context, k25_task task, void* state, size_t co
   }
 }
 
-OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
-  const Kernel& kernel = *static_cast<const Kernel*>(op_kernel);
+// The tensors of a call: shapes of the outputs from those of the inputs, their memory from the session.
+OrtStatus* read_call(OrtKernelContext* context, const Kernel& kernel, k25_tensor* inputs, k25_tensor* outputs,
+                     k25_message message) {
   const Functions& functions = *kernel.op->functions;
   const Signature& signature = *functions.signature;
-  char text[kMessageBytes];
-  const k25_message message{text, sizeof text};
-  k25_tensor inputs[kMaxInputs], outputs[kMaxOutputs];
   for (int32_t index = 0; index < signature.input_count; ++index) {
     const OrtValue* value = nullptr;
     OrtStatus* status = api->KernelContext_GetInput(context, static_cast<size_t>(index), &value);
     if (status == nullptr) status = read_tensor(value, &inputs[index]);
     if (status != nullptr) return status;
   }
-  k25_status done = functions.outputs(inputs, kernel, outputs, message);
-  if (done != K25_OK) return status_of(done, text);
+  const k25_status done = functions.outputs(inputs, kernel, outputs, message);
+  if (done != K25_OK) return status_of(done, message.text);
   for (int32_t index = 0; index < signature.output_count; ++index) {
     OrtValue* value = nullptr;
     k25_tensor& output = outputs[index];
@@ -189,10 +213,56 @@ OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
     if (status == nullptr) status = api->GetTensorMutableData(value, &output.data);
     if (status != nullptr) return status;
   }
+  return nullptr;
+}
+
+OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(op_kernel);
+  char text[kMessageBytes];
+  const k25_message message{text, sizeof text};
+  k25_tensor inputs[kMaxInputs], outputs[kMaxOutputs];
+  if (OrtStatus* status = read_call(context, kernel, inputs, outputs, message)) return status;
   const k25_parallel parallel{run_on_session_threads, context};
   const k25_cpu_options options{kernel.mode, K25_ISA_BEST, &parallel};
-  done = functions.compute(inputs, kernel, outputs, &options, message);
+  const k25_status done = kernel.op->functions->compute(inputs, kernel, outputs, &options, message);
   return done == K25_OK ? nullptr : status_of(done, text);
+}
+
+// Scratch memory out of the provider's arena. It goes back when the work is on the stream: what comes after it on the same
+// stream, which is all that a session runs, runs later.
+OrtStatus* launch_in_arena(OrtKernelContext* context, const Kernel& kernel, const k25_tensor* inputs,
+                           const k25_tensor* outputs, size_t bytes, void* stream, k25_message message) {
+  const OrtValue* first = nullptr;
+  const OrtMemoryInfo* place = nullptr;
+  OrtAllocator* allocator = nullptr;
+  OrtStatus* status = api->KernelContext_GetInput(context, 0, &first);
+  if (status == nullptr) status = api->GetTensorMemoryInfo(first, &place);
+  if (status == nullptr) status = api->KernelContext_GetAllocator(context, place, &allocator);
+  if (status != nullptr) return status;
+  void* workspace = bytes == 0 ? nullptr : allocator->Alloc(allocator, bytes);
+  if (bytes != 0 && workspace == nullptr) {
+    status = status_of(K25_FAILED, "k25: out of device memory");
+  } else {
+    const k25_status done = kernel.op->functions->gpu_launch(inputs, kernel, outputs, workspace, stream, message);
+    if (done != K25_OK) status = status_of(done, message.text);
+  }
+  if (workspace != nullptr) allocator->Free(allocator, workspace);
+  api->ReleaseAllocator(allocator);
+  return status;
+}
+
+OrtStatus* compute_on_cuda(void* op_kernel, OrtKernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(op_kernel);
+  char text[kMessageBytes];
+  const k25_message message{text, sizeof text};
+  k25_tensor inputs[kMaxInputs], outputs[kMaxOutputs];
+  size_t bytes = 0;
+  void* stream = nullptr;
+  if (OrtStatus* status = read_call(context, kernel, inputs, outputs, message)) return status;
+  if (OrtStatus* status = api->KernelContext_GetGPUComputeStream(context, &stream)) return status;
+  const k25_status asked = kernel.op->functions->gpu_workspace(inputs, kernel, &bytes, message);
+  if (asked != K25_OK) return status_of(asked, text);
+  return launch_in_arena(context, kernel, inputs, outputs, bytes, stream, message);
 }
 
 void destroy(void* op_kernel) {
@@ -220,7 +290,7 @@ ONNXTensorElementDataType type_of(const Operator& op, const TensorSpec& spec) {
   return static_cast<ONNXTensorElementDataType>(spec.dtype > 0 ? spec.dtype : op.types[-1 - spec.dtype]);
 }
 
-void describe(Operator& op, const Functions& functions, int32_t t, int32_t tc) {
+void describe(Operator& op, const Functions& functions, int32_t t, int32_t tc, bool on_cuda) {
   OrtCustomOp& base = op;
   memset(&base, 0, sizeof base);
   op.functions = &functions;
@@ -228,7 +298,11 @@ void describe(Operator& op, const Functions& functions, int32_t t, int32_t tc) {
   op.types[1] = tc;
   op.version = ORT_API_VERSION;
   op.GetName = [](const OrtCustomOp* self) { return static_cast<const Operator*>(self)->functions->signature->name; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  if (on_cuda) {
+    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CUDAExecutionProvider"; };
+  } else {
+    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  }
   op.GetInputTypeCount = [](const OrtCustomOp* self) {
     return static_cast<size_t>(static_cast<const Operator*>(self)->functions->signature->input_count);
   };
@@ -253,30 +327,36 @@ void describe(Operator& op, const Functions& functions, int32_t t, int32_t tc) {
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 2147483647; };
   op.CreateKernelV2 = create;
-  op.KernelComputeV2 = compute;
+  op.KernelComputeV2 = on_cuda ? compute_on_cuda : compute;
   op.KernelDestroy = destroy;
 }
 
-enum { kMaxOperators = 16 };
+enum { kMaxOperators = 32 };
 
 struct Domain {
   OrtCustomOpDomain* domain = nullptr;
   Operator operators[kMaxOperators];
+  int count = 0;
   OrtStatus* status = nullptr;
 
   Domain() {
     status = api->CreateCustomOpDomain("k25", &domain);
-    int count = 0;
-    const int32_t types[] = {K25_FLOAT32, K25_BFLOAT16};
+    for (const Functions& functions : kFunctions) add_all(functions, false);
+    if (k25_gpu_kernel_count() == 0) return;
     for (const Functions& functions : kFunctions) {
-      const bool two = functions.signature->type_parameter_count == 2;
-      for (const int32_t t : types) {
-        for (const int32_t tc : types) {
-          if (status != nullptr || (!two && tc != K25_FLOAT32)) continue;
-          Operator& op = operators[count++];
-          describe(op, functions, t, tc);
-          status = api->CustomOpDomain_Add(domain, &op);
-        }
+      if (functions.gpu_launch != nullptr) add_all(functions, true);
+    }
+  }
+
+  void add_all(const Functions& functions, bool on_cuda) {
+    const int32_t types[] = {K25_FLOAT32, K25_BFLOAT16};
+    const bool two = functions.signature->type_parameter_count == 2;
+    for (const int32_t t : types) {
+      for (const int32_t tc : types) {
+        if (status != nullptr || (!two && tc != K25_FLOAT32)) continue;
+        Operator& op = operators[count++];
+        describe(op, functions, t, tc, on_cuda);
+        status = api->CustomOpDomain_Add(domain, &op);
       }
     }
   }

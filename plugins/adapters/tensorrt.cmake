@@ -7,9 +7,10 @@ if(NOT CUDA_INCLUDE_DIR)
   message(FATAL_ERROR "TensorRT's headers need cuda_runtime_api.h: give its folder with -DCUDA_INCLUDE_DIR=...")
 endif()
 
-add_library(k25_tensorrt SHARED adapters/tensorrt.cc adapters/tensorrt_op.cc core/checks.cc core/gpu.cc)
+add_library(k25_tensorrt SHARED adapters/tensorrt.cc adapters/tensorrt_op.cc core/checks.cc ${gpu})
 target_include_directories(k25_tensorrt PRIVATE core adapters)
 target_include_directories(k25_tensorrt SYSTEM PRIVATE ${TENSORRT_INCLUDE_DIR} ${CUDA_INCLUDE_DIR})
+target_link_libraries(k25_tensorrt PRIVATE ${CMAKE_DL_LIBS})
 target_compile_features(k25_tensorrt PRIVATE cxx_std_17)
 # TensorRT may look at the classes behind its interfaces: run-time type information stays on.
 target_compile_options(k25_tensorrt PRIVATE -Wall -Wextra)

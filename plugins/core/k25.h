@@ -109,6 +109,10 @@ K25_API k25_isa k25_isa_best(void);
 K25_API void k25_set_session_mode(k25_mode mode);
 K25_API k25_mode k25_session_mode(void);
 
+/* Bytes a second of reading `bytes` of memory (whole MB, at least one) once with `threads` threads of its own: the mark for
+ * kernels that are bound by memory. 0 where an argument is out of range. Take the best of several calls. */
+K25_API double k25_read_bandwidth(const void* data, size_t bytes, int32_t threads);
+
 /* Shapes and dtypes of the outputs; checks every input. `data` is not read. */
 K25_API k25_status k25_mla_outputs(const k25_tensor inputs[7], const k25_mla_attributes* attributes,
                                    k25_tensor outputs[2], k25_message message);
@@ -146,6 +150,18 @@ K25_API k25_status k25_moe_dispatch_gpu_workspace(const k25_tensor inputs[6],
 K25_API k25_status k25_moe_dispatch_gpu(const k25_tensor inputs[6], const k25_moe_dispatch_attributes* attributes,
                                         const k25_tensor outputs[1], void* workspace, void* stream,
                                         k25_message message);
+K25_API k25_status k25_linear_gpu(const k25_tensor inputs[2], const k25_tensor outputs[1], void* stream,
+                                  k25_message message);
+
+/* GPU kernels in this library; 0 where it was built without. */
+K25_API int32_t k25_gpu_kernel_count(void);
+/* Loads all kernels for the device of the current context. A kernel is otherwise loaded when it first runs, which cannot
+ * be while a stream is captured. */
+K25_API k25_status k25_gpu_prepare(k25_message message);
+/* A promise for all later calls of this process, 0 until it is made: every row in every expert table is even, that is each
+ * tensor starts at a multiple of 16 bytes of a region that does. Faster kernels run then; a broken promise is a fault of
+ * the device. */
+K25_API void k25_gpu_set_even_rows(int32_t is_even);
 
 #ifdef __cplusplus
 }

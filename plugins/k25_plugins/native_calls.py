@@ -61,17 +61,17 @@ def call_native(
     inputs, `BackendMissingError` where it has no such kernel, `K25Error` where it fails.
     """
     signature = _SIGNATURES[op]
-    values, keep = _attribute_arguments(signature, attributes)
+    values, keep = attribute_arguments(signature, attributes)
     given = _tensors(inputs)
     results = (Tensor * len(signature.outputs))()
     text = ctypes.create_string_buffer(_MESSAGE_BYTES)
     message = Message(ctypes.cast(text, ctypes.c_char_p), _MESSAGE_BYTES)
     handle = library.handle
-    _check(getattr(handle, f"k25_{signature.folder}_outputs")(given, *values, results, message), text)
+    check_status(getattr(handle, f"k25_{signature.folder}_outputs")(given, *values, results, message), text)
     found = [_output(signature, index, result, outputs or {}) for index, result in enumerate(results)]
     options = CpuOptions(MODES.index(mode), ISAS.index(isa), ctypes.pointer(parallel) if parallel is not None else None)
     kernel = getattr(handle, f"k25_{signature.folder}_cpu")
-    _check(kernel(given, *values, _tensors(found), ctypes.byref(options), message), text)
+    check_status(kernel(given, *values, _tensors(found), ctypes.byref(options), message), text)
     del keep
     return found
 
@@ -89,7 +89,8 @@ def _output(signature: OpSignature, index: int, result: Tensor, given: Mapping[i
     return array
 
 
-def _check(status: int, text: ctypes.Array[ctypes.c_char]) -> None:
+def check_status(status: int, text: ctypes.Array[ctypes.c_char]) -> None:
+    """Raise the error of a `k25_status` with the library's message."""
     if status != 0:
         raise _FAILURES.get(status, K25Error)(text.value.decode(errors="replace"))
 
@@ -107,7 +108,7 @@ def _tensors(arrays: Sequence[Array]) -> ctypes.Array[Tensor]:
     return tensors
 
 
-def _attribute_arguments(signature: OpSignature, attributes: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
+def attribute_arguments(signature: OpSignature, attributes: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """The argument of the C function, if the op has attributes, and what must outlive the call."""
     if signature.name == "MLA":
         frequencies = (ctypes.c_float * len(attributes["inv_freq"]))(*attributes["inv_freq"])

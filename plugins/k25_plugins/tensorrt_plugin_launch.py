@@ -1,33 +1,31 @@
-"""Where a TensorRT plugin's work goes at run time: the GPU kernels of the ops, through a C interface.
+"""Where a TensorRT plugin's work goes at run time: the GPU kernels of the ops, through the native library's C interface.
 
-The kernels are not in this build. `launch` says so by an error, and this module is the one place that changes when
-they come: addresses, shapes, dtypes and the stream arrive here ready to hand on.
+A library without GPU kernels still builds engines: the workspace is empty then, and `launch` says so by an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from k25_plugins import gpu_launch
 from k25_plugins.errors import BackendMissingError
+from k25_plugins.gpu_launch import DeviceTensor
+from k25_plugins.native_library import native_library
 from k25_plugins.signatures import DOMAIN, OpSignature
 
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceTensor:
-    """A tensor in GPU memory, row-major."""
-
-    address: int
-    dtype: str
-    shape: tuple[int, ...]
+__all__ = ["DeviceTensor", "launch", "workspace_bytes"]
 
 
 def workspace_bytes(
     signature: OpSignature, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], attributes: Mapping[str, Any]
 ) -> int:
     """Bytes of scratch memory that a call with inputs of these largest shapes needs."""
-    return 0
+    library = native_library()
+    if library is None or gpu_launch.gpu_kernel_count(library) == 0:
+        return 0
+    tensors = [DeviceTensor(address=0, dtype=dtype, shape=shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
+    return gpu_launch.workspace_bytes(library, signature.name, tensors, attributes)
 
 
 def launch(
@@ -40,4 +38,7 @@ def launch(
     stream: int,
 ) -> None:
     """Run the op on a CUDA stream; `workspace` is the address of `workspace_bytes` bytes. Raises `K25Error`."""
-    raise BackendMissingError(f"GPU kernels for {DOMAIN}.{signature.name} are not in this build")
+    library = native_library()
+    if library is None or gpu_launch.gpu_kernel_count(library) == 0:
+        raise BackendMissingError(f"GPU kernels for {DOMAIN}.{signature.name} are not in this build")
+    gpu_launch.launch(library, signature.name, inputs, outputs, attributes, workspace=workspace, stream=stream)

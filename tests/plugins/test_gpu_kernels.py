@@ -250,7 +250,27 @@ def _attention(
     )
     mla_gpu.absorb[(_ceil(T, 4), N, _ceil(R, 16))](q, kv_b, query_start, qa, S, T, N, NOPE, V, R, D, 16, 4, 16, True)
     mla_gpu.split[(_ceil(N, 4), splits, T)](
-        qa, cache, *place, part, lse, S, width, scale, splits, shortest, capacity, N, R, D, page, long, 4, 8, 16, 8, True
+        qa,
+        cache,
+        *place,
+        part,
+        lse,
+        S,
+        width,
+        scale,
+        splits,
+        shortest,
+        capacity,
+        N,
+        R,
+        D,
+        page,
+        long,
+        4,
+        8,
+        16,
+        8,
+        True,
     )
     mla_gpu.combine[(N, _ceil(T, 4))](part, lse, kv_b, query_start, out, S, splits, N, NOPE, V, R, 8, 32, 4, True)
     mla_gpu.expand[(2, N)](

@@ -172,7 +172,9 @@ def test_a_good_bundle_passes_with_every_section(reference: Any, exported: Any) 
     assert report.logits is not None
     assert report.logits.top1_agreement == report.logits.top5_agreement == 1.0
     assert report.logits.worst[0].kl == report.logits.kl_max > 0
-    assert {load.layer for load in report.experts} == {row.layer for row in report.rows if row.router_differs is not None}
+    assert {load.layer for load in report.experts} == {
+        row.layer for row in report.rows if row.router_differs is not None
+    }
     assert all(load.reference == load.bundle for load in report.experts)
 
 
@@ -201,7 +203,9 @@ def test_failures_that_do_not_count_are_shown_and_skipped() -> None:
 
 
 # Everything that may reach a report from outside: prompts, tokens, names of files and of tasks.
-HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(2)>'\"\x00\x08\x1b[31m\u202e\u2066\ufffe\ud800&#60;\n"
+HOSTILE = (
+    "</bdi><script>alert(1)</script><img src=x onerror=alert(2)>'\"\x00\x08\x1b[31m\u202e\u2066\ufffe\ud800&#60;\n"
+)
 
 
 def test_hostile_text_is_text_in_every_file(tmp_path: Path) -> None:

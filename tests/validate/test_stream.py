@@ -49,7 +49,8 @@ def test_one_layer_is_bound_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ModelRunner, "release_layers", release)
     layers = parity_report_from_bundle(bundle, stream="on").subject["layers"]
-    assert bound == [1] * layers
+    assert set(bound) == {1}  # the layers of the walk, and then those at far positions
+    assert len(bound) > layers
 
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, stop: int | None) -> list[int]:
@@ -76,7 +77,7 @@ def test_an_interrupted_walk_goes_on_at_its_layer(bundle: Path, monkeypatch: pyt
     assert (bundle / "reports" / STATE_NAME).is_file()
     asked = _interrupt_at(monkeypatch, None)
     resumed = parity_report_from_bundle(bundle, stream="on")
-    assert min(asked) == 3
+    assert asked[0] == 3
     assert _values(resumed) == expected
     assert not (bundle / "reports" / STATE_NAME).exists()
 
@@ -96,7 +97,7 @@ def test_a_state_that_cannot_be_used_is_left(bundle: Path, damage: str, monkeypa
         monkeypatch.setattr(validation, "validation_key", lambda *arguments, **options: "another")
     asked = _interrupt_at(monkeypatch, None)
     assert parity_report_from_bundle(bundle, stream="on").passed
-    assert min(asked) == 0
+    assert asked[0] == 0
 
 
 def test_transformers_cannot_be_streamed(bundle: Path) -> None:

@@ -45,8 +45,7 @@ _SEED = 25
 class FarParity:
     """One layer whose last `tokens` tokens start at `position`, fed with the reference's input.
 
-    `scores` is the largest sum of |query · key| over the columns, in nats, `rotated_scores` that of the rotated ones
-    alone: what rounding of scores, and of angles, is multiplied by.
+    `scores` is the largest sum of |query · key| over the columns, in nats: what rounding of a score is relative to.
     """
 
     component: str
@@ -56,7 +55,6 @@ class FarParity:
     local: TensorComparison
     router_differs: int
     scores: float
-    rotated_scores: float
 
 
 def far_starts(runtime: Runtime) -> tuple[int, ...]:
@@ -140,7 +138,6 @@ class _FarSequence:
             local=compare_tensors(actual[kept], trace.hidden[rows][kept]),
             router_differs=differs,
             scores=mute.scores,
-            rotated_scores=mute.rotated_scores,
         )
 
     def _run(self, layer: int, hidden: Float32, start: int, table: npt.NDArray[np.int32], cache: object) -> LayerOutput:
@@ -163,14 +160,14 @@ class _FarSequence:
         span = range(NEAR_TOKENS, NEAR_TOKENS + tokens)
         best = torch.stack([(queries[token] @ rows[: token + 1].T).amax(dim=-1) for token in span])
         far = queries[NEAR_TOKENS : NEAR_TOKENS + tokens]
+        if not (torch.isfinite(far).all() and torch.isfinite(rows).all()):  # a failure anyway; no row would help
+            return _MuteRow(row=np.zeros(columns, np.float32), tokens=tokens, scores=0.0)
         matrix, wanted = far.double().flatten(0, 1).numpy(), best.double().flatten().numpy() - MUTE_NATS
         seen = rows[: NEAR_TOKENS + tokens].abs()
-        rotated = slice(-2 * self._plain.rotated_pairs, None)
         return _MuteRow(
             row=np.linalg.lstsq(matrix, wanted, rcond=None)[0].astype(np.float32),
             tokens=tokens,
             scores=float((far.abs() @ seen.T).max()),
-            rotated_scores=float((far[..., rotated].abs() @ seen[:, rotated].T).max()),
         )
 
 
@@ -181,4 +178,3 @@ class _MuteRow:
     row: Float32
     tokens: int
     scores: float
-    rotated_scores: float

@@ -66,11 +66,6 @@ class PlainModel:
         """The number of layers."""
         return self._config.num_hidden_layers
 
-    @property
-    def rotated_pairs(self) -> int:
-        """P / 2."""
-        return len(self._inverse_frequencies_P)
-
     def layer(self, layer: int, x_TH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, Route | None]:
         """One decoder layer, [T, H] to [T, H], and the routing of an MoE layer. Shards are let go of at its end."""
         prefix = f"{_MODEL_PREFIX}layers.{layer}."

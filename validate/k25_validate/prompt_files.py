@@ -109,7 +109,8 @@ def _ids(values: Mapping[str, Any], where: str, files: BundleFiles) -> tuple[int
             raise mismatch(f"{where}: token_ids", expected="a list of integers", found=f"{found!r:.60}")
         ids = tuple(found)
     text = files.manifest.model.text
-    if not 0 < len(ids) <= (longest := min(LONGEST_PROMPT, text.max_position_embeddings)):
+    longest = min(LONGEST_PROMPT, text.max_position_embeddings)
+    if not 0 < len(ids) <= longest:
         raise mismatch(where, expected=f"1 to {longest} tokens", found=len(ids))
     outside = [token for token in ids if not 0 <= token < text.vocab_size]
     if outside:

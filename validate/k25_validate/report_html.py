@@ -113,7 +113,7 @@ def _cards(report: ParityReport) -> str:
     if report.tasks:
         right = sum(row.right for row in report.tasks if row.backend != "reference")
         total = sum(row.total for row in report.tasks if row.backend != "reference")
-        found.append((f"{right} of {total}", "problems solved by the bundle"))
+        found += [(f"{right} of {total}", "problems solved by the bundle")] if total else []
     return (
         "<ul class='cards'>"
         + "".join(f"<li><b>{sentence(a)}</b><span>{sentence(b)}</span></li>" for a, b in found)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from k25_validate.report_text import visible
 
+_LONG_TABLE = 16
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -117,6 +119,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, label: str,
         f"<thead role='rowgroup'><tr role='row'>{head}</tr></thead><tbody "
         f"role='rowgroup'>\n{body}</tbody></table></div>"
     )
+
+
+def folded(markup: str, rows: int) -> str:
+    """A table, folded away where it is long."""
+    if rows <= _LONG_TABLE:
+        return markup
+    return f"<details><summary>All {rows} rows</summary>{markup}</details>"
 
 
 def _cells(columns: Sequence[str], row: Sequence[Cell]) -> str:

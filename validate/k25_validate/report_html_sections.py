@@ -13,6 +13,7 @@ from k25_validate.report_html_parts import (
     code,
     count,
     figure,
+    folded,
     header,
     integer,
     long,
@@ -83,7 +84,7 @@ def _component_table(rows: Sequence[ComponentRow]) -> str:
         )
         for row in rows
     ]
-    return table((*columns, "worst coordinate"), cells, label="Error by component")
+    return folded(table((*columns, "worst coordinate"), cells, label="Error by component"), len(cells))
 
 
 def _used(row: ComponentRow) -> str:
@@ -123,7 +124,7 @@ def routing(report: ParityReport) -> str:
         "<em>Imbalance</em> is the "
         "load of the busiest expert over the mean: 1 is even. These are the prompts of this report, not of your "
         "traffic.</p>"
-        f"{load_chart(report.experts)}{table(columns, cells, label='Routing by layer')}"
+        f"{load_chart(report.experts)}{folded(table(columns, cells, label='Routing by layer'), len(cells))}"
     )
 
 
@@ -284,12 +285,13 @@ def tasks(report: ParityReport) -> str:
 
 def tolerances(report: ParityReport) -> str:
     """Every tolerance with its reason, and how much of it was used."""
-    groups: dict[tuple[str, bool], list[Check]] = {}
+    groups: dict[tuple[str, bool, float | None], list[Check]] = {}
     for check in report.checks:
-        groups.setdefault((check.tolerance.name or check.metric, check.section == "baseline"), []).append(check)
+        name, is_baseline = check.tolerance.name or check.metric, check.section == "baseline"
+        groups.setdefault((name, is_baseline, check.tolerance.default), []).append(check)
     noise = {row.label: row.noise for row in report.rows}
     cells = []
-    for (name, _), checks in groups.items():
+    for (name, *_), checks in groups.items():
         closest = max(checks, key=lambda check: check.tolerance.used(check.value))
         tolerance = closest.tolerance
         floor = noise.get(closest.name) if closest.metric == "relative L2" else None

@@ -49,7 +49,7 @@ code, .mono { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, mo
   padding: 0; list-style: none; }
 .cards li { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.7rem 0.9rem; }
 .cards b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.cards span { display: block; font-size: 0.85rem; color: var(--soft); }
+.cards li > span { display: block; font-size: 0.85rem; color: var(--soft); }
 nav { border-bottom: 1px solid var(--line); padding: 0.75rem 0; font-size: 0.9rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin: 0; padding: 0; list-style: none; }
 nav a { display: inline-block; padding: 0.15rem 0; }
@@ -67,7 +67,7 @@ td.hash { max-width: 34rem; }
 td img { max-width: 100%; height: auto; background: var(--card); }
 details { margin: 0.75rem 0; } summary { cursor: pointer; padding: 0.25rem 0; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: currentColor; font-size: 13px; }
-.wide svg { min-width: 42rem; }
+.wide svg { min-width: 54rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; margin: 0.5rem 0; list-style: none;
   font-size: 0.9rem; }
 .legend svg { display: inline-block; width: 1.8rem; height: 0.9rem; vertical-align: -0.1rem; margin-right: 0.35rem; }

@@ -349,9 +349,9 @@ def expand(
     KV = nope + v; KVB is a power of two that holds it. Grid (lanes, N): a program takes every `lanes`-th tile.
     """
     head = tl.program_id(1)
-    _, _, _, all_tiles = context_tile(query_start, positions, sequences, 0, BM, LONG)
+    _past, _of_it, _rows, all_tiles = context_tile(query_start, positions, sequences, 0, BM, LONG)
     for tile in range(tl.program_id(0), all_tiles, lanes):
-        sequence, mine, start, _ = context_tile(query_start, positions, sequences, tile, BM, LONG)
+        sequence, mine, start, _all = context_tile(query_start, positions, sequences, tile, BM, LONG)
         length = tl.load(positions + tl.load(query_start + sequence + 1) - 1) + 1
         if start + length <= capacity:
             place = mine * BM + tl.arange(0, BM)
