@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from k25_cli.interrupts import noted_interrupts, was_interrupted
-from k25_plugins.errors import BackendMissingError, InputError, K25Error
+from k25_plugins.errors import InputError, K25Error
 from k25_plugins.version import __version__
 
 EXIT_INTERNAL = 5
@@ -37,19 +37,14 @@ VERBS: Mapping[str, str] = {
     "completion": "Print the completion script of a shell.",
 }
 
-#: Verbs that are specified (docs/architecture.md) but not built yet.
-PLANNED: Mapping[str, str] = {}
-
 
 class Verbs(click.Group):
     """A group whose commands are imported only when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*VERBS, *PLANNED]
+        return [*VERBS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in PLANNED:
-            return _planned(cmd_name)
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"k25_cli.verbs.{cmd_name.replace('-', '_')}")
@@ -59,23 +54,6 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
-        if PLANNED:
-            with formatter.section("Not there yet (exit code 4)"):
-                formatter.write_dl(list(PLANNED.items()))
-
-
-def _planned(name: str) -> click.Command:
-    def refuse(arguments: tuple[str, ...]) -> None:
-        raise BackendMissingError(f"{name}: this verb is not there yet in k25-export {__version__}; see the README.")
-
-    return click.Command(
-        name,
-        callback=refuse,
-        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
-        context_settings={"ignore_unknown_options": True},
-        short_help=PLANNED[name],
-        help=f"{PLANNED[name]} Not there yet.",
-    )
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

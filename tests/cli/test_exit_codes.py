@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from k25_cli.main import PLANNED, VERBS, run
+from k25_cli.main import VERBS, run
 from k25_plugins.version import __version__
 
 COMMAND = str(Path(sys.executable).with_name("k25-export"))
@@ -43,9 +43,8 @@ def failed(capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, *
     return err
 
 
-def test_every_verb_of_the_design_is_there_or_planned() -> None:
-    assert FIXED_VERBS | {"completion"} == VERBS.keys() | PLANNED.keys()
-    assert not VERBS.keys() & PLANNED.keys()
+def test_every_verb_of_the_design_is_there() -> None:
+    assert FIXED_VERBS | {"completion"} == VERBS.keys()
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +64,7 @@ def test_help_lists_every_verb_and_the_exit_codes(capfd: pytest.CaptureFixture[s
     assert err == ""
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, *PLANNED])
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_light(verb: str) -> None:
     program = (
         "import sys; from k25_cli.main import run; "
@@ -132,12 +131,6 @@ def test_an_epsilon_that_is_no_number_is_refused(
     assert out == ""
     assert "latent" in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("verb", PLANNED)
-@pytest.mark.parametrize("rest", [[], ["here", "--target", "sm120", "--json", "-q"]])
-def test_planned_verbs_say_so(capfd: pytest.CaptureFixture[str], verb: str, rest: list[str]) -> None:
-    failed(capfd, [verb, *rest], 4, f"k25-export: {verb}", "not there yet")
 
 
 def test_a_target_that_cannot_be_built_is_said_before_anything_is_written(

@@ -77,6 +77,9 @@ CALLS: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "run": (lambda at: [at.bundle, "--token-ids", "1 2", "--max-new-tokens", "3"], "new_ids"),
     "bind": (lambda at: [at.bundle, "--layer", "0", "--output", at.checkpoint, "--checkpoint", at.checkpoint], "files"),
     "verify": (lambda at: [at.bundle], "verified"),
+    "compile": (lambda at: [at.bundle, "--target", "sm86", "--component", "embed"], "engines"),
+    "bisect": (lambda at: [at.bundle, "--token-ids", "1 2", "--output", at.new], "sentence"),
+    "bench": (lambda at: [at.bundle, "--tokens", "4", "--steps", "1", "--rounds", "1"], "read_bandwidth"),
     "plan": (lambda at: [at.checkpoint, "--gpu", "h200", "--gpus", "8", "--context", "64"], "checkpoint"),
 }
 #: Those that work long enough to show progress.
