@@ -222,7 +222,7 @@ def validate_bundle(
         )
         known = reusable_report(bundle, key=key)
         if known is not None:
-            verdict = "PASSED" if known["passed"] else "FAILED"
+            verdict = "PASSED" if known["passed"] else f"FAILED. {known.get('verdict', '')}"
             return ValidationResult(
                 values=_report_values(page, known, is_reused=True),
                 text=f"parity: {verdict} (report reused, nothing has changed)\nreport: {page}",

@@ -18,6 +18,7 @@ from k25_export.demo.tasks import TASKS
 from k25_plugins.errors import InputError
 from k25_runtime.runtime import Runtime
 from k25_validate.plain_reference import PlainReference
+from k25_validate.report_html import html_from_report
 from k25_validate.task_accuracy import (
     answers_from_reference,
     answers_from_runtime,
@@ -25,6 +26,7 @@ from k25_validate.task_accuracy import (
     knows_demo_tasks,
     task_accuracy,
 )
+from k25_validate.validation import parity_report_from_bundle
 
 # All of 300 held-out problems of each task were right (docs/demo-checkpoint.md), and at most 1 of these 30 was wrong.
 LOWEST_SHARE = {"addition": 0.95, "copying": 0.9, "brackets": 0.9}
@@ -92,6 +94,21 @@ def test_which_checkpoints_know_the_tasks(checkpoint: Path, tmp_path: Path) -> N
     assert [name for name, preset in PRESETS.items() if preset.is_trained] == ["trained"]
     (tmp_path / "demo.json").write_text('{"format": "k25-demo-checkpoint", "preset": "tiny"}')
     assert not knows_demo_tasks(tmp_path)
+
+
+def test_the_report_has_a_row_for_every_task_and_backend(runtime: Runtime, checkpoint: Path) -> None:
+    """And this model, whose layers amplify rounding, passes: by the reference's own distance to float64."""
+    report = parity_report_from_bundle(runtime.files.folder, samples=(), threads=1)
+    assert report.passed, report.summary()
+    assert {(row.task, row.backend) for row in report.tasks} == {
+        (task, backend) for task in TASKS for backend in ("reference", "onnxruntime-cpu")
+    }
+    assert all(row.share >= LOWEST_SHARE[row.task] - 0.1 and row.total == 20 for row in report.tasks)
+    assert {check.name for check in report.checks if check.section == "tasks"} == {
+        f"{task} on onnxruntime-cpu" for task in TASKS
+    }
+    assert "Task accuracy" in html_from_report(report)
+    assert not any("task accuracy" in item for item in report.not_checked)
 
 
 def test_a_fault_that_leaves_the_text_plausible_shows(runtime: Runtime, checkpoint: Path, tmp_path: Path) -> None:

@@ -108,8 +108,12 @@ def _of_both(old: Mapping[tuple[str, str, str], Any], new: Mapping[tuple[str, st
     found = []
     for key, check in new.items():
         if key in old:
-            before, ratio = _number(old[key]["value"]), _growth(check, _number(old[key]["value"]))
-            kind = "grew" if ratio > GROWTH else "shrank" if _shrank(check, before) else "as before"
+            before = _number(old[key]["value"])
+            # A gain is a signed average of rounding, here by its size: it may be next to nothing by chance.
+            ratio = None if check.tolerance.name == "gain" else _growth(check, before)
+            kind = (
+                "grew" if ratio is not None and ratio > GROWTH else "shrank" if _shrank(check, before) else "as before"
+            )
             if old[key]["passed"] != check.passed:
                 kind = "now passes" if check.passed else "now fails"
             found.append(_difference(key, before, check.value, ratio=ratio, kind=kind))

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from k25_plugins.native_library import native_library
 from k25_runtime.batch import Batch
 from k25_runtime.model_runner import LayerOutput
 from k25_runtime.runtime import Runtime
@@ -38,6 +39,10 @@ FAR_TOKENS = 4
 #: A mute row's score, in nats below the best one: exp(-45) times 262,144 rows is 8e-15.
 MUTE_NATS = 45.0
 _BLOCK_SIZE = 32
+
+#: The function body of `k25.MLA` gathers all rows that a token sees, and holds them in so many forms.
+_BODY_BYTES = 1 << 30
+_BODY_COPIES = 8
 _SEED = 25
 
 
@@ -58,11 +63,12 @@ class FarParity:
 
 
 def far_starts(runtime: Runtime) -> tuple[int, ...]:
-    """The far positions that model and backend have."""
-    limits = runtime.runner.limits
-    last = min(runtime.manifest.model.text.max_position_embeddings, limits.largest("blocks_per_sequence") * _BLOCK_SIZE)
+    """The far positions that model and backend have; without native ops, those whose cache fits a function body."""
+    limits, text = runtime.runner.limits, runtime.manifest.model.text
+    last = min(text.max_position_embeddings, limits.largest("blocks_per_sequence") * _BLOCK_SIZE)
+    longest = last if native_library() is not None else _BODY_BYTES // (_BODY_COPIES * 4 * text.cache_dim)
     starts = {*FAR_POSITIONS, last - FAR_TOKENS}
-    return tuple(start for start in sorted(starts) if 2 * _BLOCK_SIZE <= start <= last - FAR_TOKENS)
+    return tuple(start for start in sorted(starts) if 2 * _BLOCK_SIZE <= start <= min(last - FAR_TOKENS, longest))
 
 
 def far_parity(

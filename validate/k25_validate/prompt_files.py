@@ -16,7 +16,7 @@ PASSAGE_TOKENS = 256
 PASSAGES = 4
 
 #: The references hold all scores of a head at once; far positions are covered without long prompts.
-LONGEST_PROMPT = 8192
+LONGEST_PROMPT = 2048
 LONGEST_NAME = 80
 
 #: A passage that every tokenizer has tokens for: words, a number, a quotation, punctuation.
@@ -54,10 +54,11 @@ def passages_from_text(files: BundleFiles, text: str, *, name: str) -> tuple[Pro
 
     Raises `InputError` for a text of fewer than two tokens, and without a tokenizer.
     """
-    ids = files.tokenizer.encode(text, allow_special=False)[: PASSAGE_TOKENS * PASSAGES]
+    window = min(PASSAGE_TOKENS, files.manifest.model.text.max_position_embeddings)
+    ids = files.tokenizer.encode(text, allow_special=False)[: window * PASSAGES]
     if len(ids) < 2:
         raise mismatch(f"text {name}", expected="at least 2 tokens", found=len(ids))
-    parts = [ids[start : start + PASSAGE_TOKENS] for start in range(0, len(ids), PASSAGE_TOKENS)]
+    parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     parts = [part for part in parts if len(part) > 1]
     names = [name] if len(parts) == 1 else [f"{name}, part {index}" for index in range(1, len(parts) + 1)]
     return tuple(

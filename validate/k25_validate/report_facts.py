@@ -10,7 +10,7 @@ from typing import Any
 
 from k25_plugins.errors import InputError
 from k25_runtime.bundle_files import BundleFiles
-from k25_validate.far_positions import FAR_TOKENS
+from k25_validate.far_positions import FAR_POSITIONS, FAR_TOKENS
 from k25_validate.media_samples import MediaSample
 from k25_validate.prompts import Prompt
 from k25_validate.report_rows import TaskRow
@@ -79,6 +79,8 @@ def not_checked(
             f"a full "
             "long context was not"
         )
+        if max(far_starts) + FAR_TOKENS < min(files.manifest.model.text.max_position_embeddings, max(FAR_POSITIONS)):
+            found.append("farther positions: the function bodies would take too much memory; the native ops would not")
     else:
         found.append("far positions: the model has none")
     if not tasks:

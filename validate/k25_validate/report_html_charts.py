@@ -124,17 +124,27 @@ def _grid(axes: _Axes) -> str:
 
 
 def _labels(axes: _Axes, rows: Sequence[ComponentRow]) -> str:
-    parts = []
+    """Layers by number; the other components by name, on a line of their own where there are many."""
+    is_crowded = len(rows) > _CROWDED
     step = max(1, math.ceil(len(rows) / 24))
-    for index, row in enumerate(rows):
-        if row.layer is None or index % step == 0:
-            label = row.component if row.layer is None else str(row.layer)
-            at = axes.x(index)
-            parts.append(f"<text x='{at:.1f}' y='{_HEIGHT - 24}' text-anchor='middle'>{text(label)}</text>")
-    parts.append(f"<text x='{(_LEFT + _WIDTH) / 2:.0f}' y='{_HEIGHT - 4}' text-anchor='middle'>layer</text>")
+    parts = [
+        _label(axes.x(index), _HEIGHT - 24, row.component if row.layer is None else str(row.layer))
+        for index, row in enumerate(rows)
+        if (row.layer is None and not is_crowded) or (row.layer is not None and index % step == 0)
+    ]
+    if is_crowded:
+        names = [row.component for row in rows if row.layer is None]
+        parts.append(_label(_LEFT, _HEIGHT - 4, ", ".join(names[:-1]), anchor="start"))
+        parts.append(_label(_WIDTH, _HEIGHT - 4, names[-1], anchor="end") if names else "")
+    parts.append(_label((_LEFT + _WIDTH) / 2, _HEIGHT - 4, "layer"))
     return "".join(parts)
 
 
+def _label(x: float, y: float, label: str, *, anchor: str = "middle") -> str:
+    return f"<text x='{x:.1f}' y='{y:.0f}' text-anchor='{anchor}'>{text(label)}</text>"
+
+
+_CROWDED = 16
 _LEVELS = (0.12, 0.3, 0.5, 0.75, 1.0)
 _CELLS_WIDTH = 920.0
 

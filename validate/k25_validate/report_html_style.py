@@ -93,7 +93,7 @@ footer { margin-top: 3rem; padding-top: 0.75rem; border-top: 1px solid var(--lin
   body { max-width: none; padding: 0; font-size: 10pt; } nav, .skip { display: none; }
   h2 { break-after: avoid; } tr, svg, .cards li, .verdict { break-inside: avoid; }
   .scroll { overflow: visible; } .wide svg { min-width: 0; } table { font-size: 8.5pt; }
-  td.long { min-width: 0; } thead { display: table-header-group; }
+  td.long { min-width: 0; } tbody th { white-space: normal; } thead { display: table-header-group; }
   details::details-content { content-visibility: visible; block-size: auto; }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }

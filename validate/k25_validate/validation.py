@@ -98,15 +98,16 @@ def parity_report_from_bundle(
     folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
     samples = _samples(manifest, samples)
     prompts = _prompts(files, samples, options) if prompts is None else prompts
-    longest = max(CONTEXT, *(len(prompt.token_ids) for prompt in prompts))
+    context = max(CONTEXT, *(len(prompt.token_ids) for prompt in prompts))
+    context = min(context, manifest.model.text.max_position_embeddings)
     with (
         _bad_weights_as_input_errors(),
         Runtime.open(
             bundle,
             checkpoint=checkpoint,
             mode="exact",
-            context=min(longest, manifest.model.text.max_position_embeddings),
-            max_sequences=_sequences(prompts, longest),
+            context=context,
+            max_sequences=_sequences(prompts, context),
             block_size=BLOCK_SIZE,
             threads=threads,
             bind_layers=False,
@@ -187,10 +188,13 @@ def parity_report_from_bundle(
 
 
 def _prompts(files: BundleFiles, samples: tuple[MediaSample, ...], options: ValidationOptions) -> tuple[Prompt, ...]:
-    """The built-in prompts or those of a file, and the passage."""
-    prompts = (
-        prompts_for_bundle(files, samples) if options.prompts is None else prompts_from_file(options.prompts, files)
-    )
+    """The built-in prompts (as far as they fit into the model) or those of a file, and the passage."""
+    longest = files.manifest.model.text.max_position_embeddings
+    if options.prompts is None:
+        found = prompts_for_bundle(files, samples)
+        prompts = tuple(prompt for prompt in found if len(prompt.token_ids) <= longest)
+    else:
+        prompts = prompts_from_file(options.prompts, files)
     if options.text is not None:
         return (*prompts, *passages_from_file(options.text, files))
     if not files.has_tokenizer:
@@ -198,10 +202,10 @@ def _prompts(files: BundleFiles, samples: tuple[MediaSample, ...], options: Vali
     return (*prompts, *passages_from_text(files, BUILT_IN_PASSAGE, name="built-in text"))
 
 
-def _sequences(prompts: tuple[Prompt, ...], longest: int) -> int:
-    """Sequences of the longest length that take the room of all chains."""
+def _sequences(prompts: tuple[Prompt, ...], context: int) -> int:
+    """Sequences of the context's length that take the room of all chains."""
     blocks = CHAINS_OF_A_PROMPT * sum(-(-len(prompt.token_ids) // BLOCK_SIZE) for prompt in prompts)
-    return -(-blocks // -(-longest // BLOCK_SIZE))
+    return -(-blocks // -(-context // BLOCK_SIZE))
 
 
 def _shown_tolerance(row: ComponentRow, overrides: Overrides) -> Tolerance:
