@@ -17,7 +17,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ import onnx
 import onnxruntime as ort
 
 from k25_plugins.native_library import Mode, NativeLibrary, native_library
+from k25_runtime.bench_bandwidth import ReadBandwidth
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, GROUP = 7168, 2048, 16, 8, 32
 WORD_BYTES, SCALE_BYTES = HIDDEN * INTERMEDIATE // 2, HIDDEN * INTERMEDIATE // GROUP * 2
@@ -41,30 +41,6 @@ def timed(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
-
-
-class Bandwidth:
-    """Reading 1 GiB with as many threads as there are cores: numpy's reductions, which let go of the interpreter."""
-
-    def __init__(self) -> None:
-        self.data = np.ones(PROBE_BYTES // 8, np.int64)
-
-    def __call__(self) -> float:
-        """GB/s, the better of all cores and one."""
-        return max(self.with_threads(count) for count in sorted({1, os.cpu_count() or 1}))
-
-    def with_threads(self, count: int) -> float:
-        """GB/s."""
-        parts = np.array_split(self.data, count)
-        threads = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
-
-        def run() -> None:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-        return PROBE_BYTES / timed(run) / 1e9
 
 
 def session(library: NativeLibrary, node: onnx.NodeProto, types: list[int], threads: int, mode: Mode) -> Any:
@@ -221,7 +197,7 @@ def main() -> None:
     library = native_library()
     if library is None:
         raise SystemExit("native_ops: no native library; run make setup")
-    bandwidth, layer = Bandwidth(), ExpertLayer(library, options.threads)
+    bandwidth, layer = ReadBandwidth(library, size=PROBE_BYTES), ExpertLayer(library, options.threads)
     matrix = Matrix(library, 7168, 7168, options.threads)
     peers = list(opened_peers(options))
     sizes = [int(size) for size in options.tokens.split(",")]
@@ -242,7 +218,7 @@ def main() -> None:
                 for name, other in others.items():
                     theirs[name].append(other)
                 linear.append(dense)
-            rates.append(bandwidth())
+            rates.append(bandwidth() / 1e9)
         operations = 6.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE
         rows.append(row("expert layer 7168/2048, top-8", tokens, ours, used * EXPERT_BYTES, operations))
         for name, times in theirs.items():

@@ -15,6 +15,7 @@ from k25_plugins.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
     from k25_export.manifest import Manifest
+    from k25_runtime.runtime import BackendName
     from k25_validate.validation import ReferenceName, Stream
     from k25_validate.validation_options import ValidationOptions
 
@@ -83,6 +84,17 @@ def record_bundle_hashes(bundle: Path, *, checkpoint: str | None, progress: Prog
     from k25_runtime.mapped_checkpoint import checkpoint_folder
 
     return record_hashes(bundle, read_manifest(bundle), checkpoint_folder(bundle, checkpoint), progress=progress)
+
+
+def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--backend`."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["onnxruntime", "tensorrt"]),
+        default="onnxruntime",
+        show_default=True,
+        help="tensorrt runs the engines that `compile` built; it needs their GPU.",
+    )(function)
 
 
 def validation_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,13 +178,14 @@ def report_choices(
     baseline: Path | None,
     fail_on: tuple[str, ...],
     tolerances: tuple[tuple[str, float], ...],
+    backend: BackendName = "onnxruntime",
 ) -> ValidationOptions:
     """The options of `report_options` as `validate_bundle` takes them."""
     require_extra("validate")
     from k25_validate.validation_options import ValidationOptions
 
     return ValidationOptions(
-        prompts=prompts, text=text, baseline=baseline, fail_on=fail_on, tolerances=dict(tolerances)
+        prompts=prompts, text=text, baseline=baseline, fail_on=fail_on, tolerances=dict(tolerances), backend=backend
     )
 
 

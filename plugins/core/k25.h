@@ -155,12 +155,12 @@ K25_API k25_status k25_linear_gpu(const k25_tensor inputs[2], const k25_tensor o
 
 /* GPU kernels in this library; 0 where it was built without. */
 K25_API int32_t k25_gpu_kernel_count(void);
-/* Loads all kernels for the device of the current context. A kernel is otherwise loaded when it first runs, which cannot
- * be while a stream is captured. */
+/* Loads all kernels for the device of the current context. A kernel is otherwise loaded when it first runs, which
+ * cannot be while a stream is captured. */
 K25_API k25_status k25_gpu_prepare(k25_message message);
-/* A promise for all later calls of this process, 0 until it is made: every row in every expert table is even, that is each
- * tensor starts at a multiple of 16 bytes of a region that does. Faster kernels run then; a broken promise is a fault of
- * the device. */
+/* A promise for all later calls of this library (0 until it is made, or K25_GPU_EVEN_ROWS=1): every row in every expert table is even, that is
+ * each tensor starts at a multiple of 16 bytes of a region that does. Faster kernels run then; a broken promise is a
+ * fault of the device. */
 K25_API void k25_gpu_set_even_rows(int32_t is_even);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-"""Where a TensorRT plugin's work goes at run time: the GPU kernels of the ops, through the native library's C interface.
+"""Where a TensorRT plugin's work goes at run time: the ops' GPU kernels, through the native library's C interface.
 
 A library without GPU kernels still builds engines: the workspace is empty then, and `launch` says so by an error.
 """

@@ -97,6 +97,11 @@ class ModelRunner:
         return self._backend.limits
 
     @property
+    def backend_name(self) -> str:
+        """What runs the components."""
+        return self._backend.name
+
+    @property
     def details(self) -> Mapping[str, str]:
         """What a report should say of how the backend computes."""
         return self._backend.details

@@ -83,6 +83,8 @@ class OnnxRuntimeCpu(HostBackend):
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads
         self._options.log_severity_level = _ERROR_SEVERITY
+        # Remembering each shape's memory keeps as much as its largest run used, and saves nothing in a decode step.
+        self._options.enable_mem_pattern = False
         # One session a component kind: idle pools must not spin against the one at work.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._native is not None:

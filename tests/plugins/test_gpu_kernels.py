@@ -71,7 +71,7 @@ def _region(experts: int, hidden: int, inter: int, absent: Sequence[int], odd_ro
 
 def _experts_on_gpu_kernels(
     mode: str, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, region: tuple[torch.Tensor, ...], inter: int,
-    *, aligned: bool, block: int = 32,
+    *, aligned: bool, block: int = 32, tail: int = 8,
 ) -> torch.Tensor:  # fmt: skip
     words, scales, table = region
     (tokens, hidden), (experts, k) = x.shape, (table.shape[0], ids.shape[1])
@@ -94,10 +94,10 @@ def _experts_on_gpu_kernels(
     sizes = (pairs, experts, lanes)
     is_pairs = mode == "pairs"
     moe_gpu.gate_up[(lanes, _ceil(inter, 64), slots)](
-        permuted, words, scales, *lists, h, *sizes, k, hidden, inter, 64, 8, block, block, is_pairs, aligned, True
+        permuted, words, scales, *lists, h, *sizes, k, hidden, inter, 64, 8, tail, block, block, is_pairs, aligned, True
     )
     moe_gpu.down[(lanes, _ceil(hidden, 64), slots)](
-        h, words, scales, *lists, partial, *sizes, hidden, inter, 64, 8, block, is_pairs, aligned, True
+        h, words, scales, *lists, partial, *sizes, hidden, inter, 64, 8, tail, block, is_pairs, aligned, True
     )
     moe_gpu.combine[(tokens, _ceil(hidden, 64))](partial, ids, weights, table, y, experts, k, hidden, 64, True)
     return y
@@ -136,6 +136,18 @@ def test_widths_that_are_no_whole_blocks() -> None:
     ids = torch.tensor([[2, 0], [0, 1], [1, 2], [2, 1]], dtype=torch.int32)
     expected = moe_dispatch(x, ids, weights, *region, 96, 32)
     found = _experts_on_gpu_kernels("small", x, ids, weights, region, 96, aligned=True, block=128)
+    assert _relative(found, expected) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 8, 12, 13])
+def test_the_last_tokens_of_an_expert_are_a_narrower_tile(tokens: int) -> None:
+    """Two lanes of tiles of 8: none, one or two whole tiles, then at most 4 tokens, or more than that."""
+    torch.manual_seed(tokens)
+    region = _region(2, 64, 32, (), odd_rows=False)
+    x, weights = torch.randn(tokens, 64), torch.rand(tokens, 1)
+    ids = torch.ones(tokens, 1, dtype=torch.int32)
+    expected = moe_dispatch(x, ids, weights, *region, 32, 32)
+    found = _experts_on_gpu_kernels("small", x, ids, weights, region, 32, aligned=True, tail=4)
     assert _relative(found, expected) < TOLERANCES[torch.float32]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from k25_plugins.errors import InputError, mismatch
+from k25_runtime.runtime import BackendName
 from k25_validate.parity_report import FAIL_ON
 
 _NO_OVERRIDES: Mapping[str, float] = MappingProxyType({})
@@ -17,13 +18,15 @@ _NO_OVERRIDES: Mapping[str, float] = MappingProxyType({})
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
     """`prompts`: JSON lines instead of the built-in ones; `text`: a passage for the perplexity; `baseline`: an older
-    `parity.json`; `fail_on`: the sections whose failures count; `tolerances`: by name (`override_from_text`)."""
+    `parity.json`; `fail_on`: the sections whose failures count; `tolerances`: by name (`override_from_text`);
+    `backend`: what runs the bundle, as `Runtime.open` takes it."""
 
     prompts: Path | None = None
     text: Path | None = None
     baseline: Path | None = None
     fail_on: tuple[str, ...] = ("any",)
     tolerances: Mapping[str, float] = field(default_factory=lambda: _NO_OVERRIDES)
+    backend: BackendName = "onnxruntime"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.fail_on if name not in FAIL_ON]
@@ -41,6 +44,7 @@ class ValidationOptions:
             "baseline": _sha256(self.baseline),
             "fail_on": sorted(self.fail_on),
             "tolerances": dict(sorted(self.tolerances.items())),
+            "backend": self.backend,
         }
 
 

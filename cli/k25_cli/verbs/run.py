@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k25_cli.output import Output, output_options
+from k25_cli.stages import backend_option
 from k25_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,13 +65,7 @@ class _RunCommand(click.Command):
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the sequence may hold.")
 @click.option("--mode", type=click.Choice(["fast", "exact"]), help="[default: fast; exact with --save-logits]")
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
-    default="onnxruntime",
-    show_default=True,
-    help="tensorrt runs the engines that `compile` built; it needs their GPU.",
-)
+@backend_option
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0, 1024), help="0: one for each core.")
 @output_options
 @click.pass_context

@@ -8,13 +8,21 @@ from typing import Any
 import click
 
 from k25_cli.output import Output, output_options
-from k25_cli.stages import report_choices, report_options, require_reference, validate_bundle, validation_options
+from k25_cli.stages import (
+    backend_option,
+    report_choices,
+    report_options,
+    require_reference,
+    validate_bundle,
+    validation_options,
+)
 
 
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @validation_options
 @report_options
+@backend_option
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @output_options
 def command(

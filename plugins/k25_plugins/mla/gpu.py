@@ -8,10 +8,10 @@
     prefill         causal attention on the expanded heads                                 long sequences
 
 A sequence is long where this call brings at least `LONG` of its tokens: then expanding its context costs less than
-attending in the latent space. It also has to fit: expanded rows of the long sequences lie one after the other, and where
-they would end past `capacity` rows the sequence is attended as a short one. Each program decides that on the device, so
-one call serves any mix and may be captured in a CUDA graph; grids are bounds that follow from shapes, and programs
-without work leave at once.
+attending in the latent space. It also has to fit: expanded rows of the long sequences lie one after the other, and
+where they would end past `capacity` rows the sequence is attended as a short one. Each program decides that on the
+device, so one call serves any mix and may be captured in a CUDA graph; grids are bounds that follow from shapes, and
+programs without work leave at once.
 
 Rows that a token does not see are never read, or read as zero: what they hold reaches nobody, NaN included.
 Legend: T tokens, N heads, R latent rank, W = R + D the width of a cache row, D rope width, S sequences, B context rows.

@@ -12,8 +12,8 @@ run.
 
 Weights are the rows of a matrix product (`W @ x^T`), and the eight nibbles of a word are eight slices of K: slice j
 holds nibble j of every word. Activations are stored in that order, so words go to the tensor cores as they lie in the
-checkpoint: `permuted[.., b, j, i] = plain[.., b * BK + 8 * i + j]`. A row is as long as its whole blocks; what lies behind
-the columns of the last block is neither written nor read.
+checkpoint: `permuted[.., b, j, i] = plain[.., b * BK + 8 * i + j]`. A row is as long as its whole blocks; what lies
+behind the columns of the last block is neither written nor read.
 
 An expert that is not held (table row of -1) and an id outside the table add nothing, and their rows are never read.
 Legend: T tokens, H hidden, I expert width, E experts, P pairs.
@@ -170,6 +170,76 @@ def listed_pairs(
 
 
 @triton.jit
+def gate_up_tile(
+    x,
+    words,
+    scales,
+    table,
+    order,
+    h,
+    expert,
+    features,
+    base,
+    end,
+    K_EXPERTS: tl.constexpr,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    H_BK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """`gate_up` of BM places of an expert's list."""
+    place = base + tl.arange(0, BM)
+    is_row = place < end
+    if PAIRS:  # noqa: SIM108 (PAIRS is decided when it is compiled)
+        pair = place
+    else:
+        pair = tl.load(order + place, mask=is_row, other=0)
+    token = pair // K_EXPERTS
+    gate = tile_product(
+        words,
+        scales,
+        weight_rows(table, expert, 0, ALIGNED),
+        weight_rows(table, expert, 1, ALIGNED),
+        features,
+        INTER,
+        x,
+        token,
+        is_row,
+        H,
+        BN,
+        BM,
+        BK,
+        UP,
+    )
+    up = tile_product(
+        words,
+        scales,
+        weight_rows(table, expert, 2, ALIGNED),
+        weight_rows(table, expert, 3, ALIGNED),
+        features,
+        INTER,
+        x,
+        token,
+        is_row,
+        H,
+        BN,
+        BM,
+        BK,
+        UP,
+    )
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    inside = features % H_BK
+    column = features - inside + (inside % 8) * (H_BK // 8) + inside // 8
+    at = h + place[None, :].to(tl.int64) * width(INTER, H_BK) + column[:, None]
+    tl.store(at, rounded(value, h.dtype.element_ty, UP), mask=(features < INTER)[:, None] & is_row[None, :])
+
+
+@triton.jit
 def gate_up(
     x,
     words,
@@ -189,6 +259,7 @@ def gate_up(
     INTER: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
+    TAIL: tl.constexpr,
     BK: tl.constexpr,
     H_BK: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -197,7 +268,8 @@ def gate_up(
 ):
     """`h` [P, width of I] = silu(gate x) * (up x), rows in the order of the lists, columns permuted for `down` (H_BK).
 
-    Grid (lanes, cdiv(I, BN), slots): tiles of one expert that share weights are neighbours.
+    The last TAIL places of a list, or fewer, are a narrower tile. Grid (lanes, cdiv(I, BN), slots): tiles of one expert
+    that share weights are neighbours.
     """
     lane = tl.program_id(0)
     slot = tl.program_id(2)
@@ -207,50 +279,67 @@ def gate_up(
     if works:
         features = tl.program_id(1) * BN + tl.arange(0, BN)
         for base in range(first, end, BM * lanes):
-            place = base + tl.arange(0, BM)
-            is_row = place < end
-            if PAIRS:  # noqa: SIM108 (PAIRS is decided when it is compiled)
-                pair = place
+            whole = True
+            if TAIL < BM:
+                whole = end - base > TAIL
+            if whole:
+                gate_up_tile(
+                    x, words, scales, table, order, h, expert, features, base, end,
+                    K_EXPERTS, H, INTER, BN, BM, BK, H_BK, PAIRS, ALIGNED, UP,
+                )  # fmt: skip
             else:
-                pair = tl.load(order + place, mask=is_row, other=0)
-            token = pair // K_EXPERTS
-            gate = tile_product(
-                words,
-                scales,
-                weight_rows(table, expert, 0, ALIGNED),
-                weight_rows(table, expert, 1, ALIGNED),
-                features,
-                INTER,
-                x,
-                token,
-                is_row,
-                H,
-                BN,
-                BM,
-                BK,
-                UP,
-            )
-            up = tile_product(
-                words,
-                scales,
-                weight_rows(table, expert, 2, ALIGNED),
-                weight_rows(table, expert, 3, ALIGNED),
-                features,
-                INTER,
-                x,
-                token,
-                is_row,
-                H,
-                BN,
-                BM,
-                BK,
-                UP,
-            )
-            value = gate / (1.0 + tl.exp(-gate)) * up
-            inside = features % H_BK
-            column = features - inside + (inside % 8) * (H_BK // 8) + inside // 8
-            at = h + place[None, :].to(tl.int64) * width(INTER, H_BK) + column[:, None]
-            tl.store(at, rounded(value, h.dtype.element_ty, UP), mask=(features < INTER)[:, None] & is_row[None, :])
+                gate_up_tile(
+                    x, words, scales, table, order, h, expert, features, base, end,
+                    K_EXPERTS, H, INTER, BN, TAIL, BK, H_BK, PAIRS, ALIGNED, UP,
+                )  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    h,
+    words,
+    scales,
+    table,
+    order,
+    out,
+    expert,
+    features,
+    base,
+    end,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """`down` of BM places of an expert's list."""
+    place = base + tl.arange(0, BM)
+    is_row = place < end
+    if PAIRS:  # noqa: SIM108 (PAIRS is decided when it is compiled)
+        pair = place
+    else:
+        pair = tl.load(order + place, mask=is_row, other=0)
+    value = tile_product(
+        words,
+        scales,
+        weight_rows(table, expert, 4, ALIGNED),
+        weight_rows(table, expert, 5, ALIGNED),
+        features,
+        H,
+        h,
+        place,
+        is_row,
+        INTER,
+        BN,
+        BM,
+        BK,
+        UP,
+    )
+    at = out + pair[None, :].to(tl.int64) * H + features[:, None]
+    tl.store(at, rounded(value, out.dtype.element_ty, UP), mask=(features < H)[:, None] & is_row[None, :])
 
 
 @triton.jit
@@ -272,6 +361,7 @@ def down(
     INTER: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
+    TAIL: tl.constexpr,
     BK: tl.constexpr,
     PAIRS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -286,30 +376,19 @@ def down(
     if works:
         features = tl.program_id(1) * BN + tl.arange(0, BN)
         for base in range(first, end, BM * lanes):
-            place = base + tl.arange(0, BM)
-            is_row = place < end
-            if PAIRS:  # noqa: SIM108 (PAIRS is decided when it is compiled)
-                pair = place
+            whole = True
+            if TAIL < BM:
+                whole = end - base > TAIL
+            if whole:
+                down_tile(
+                    h, words, scales, table, order, out, expert, features, base, end,
+                    H, INTER, BN, BM, BK, PAIRS, ALIGNED, UP,
+                )  # fmt: skip
             else:
-                pair = tl.load(order + place, mask=is_row, other=0)
-            value = tile_product(
-                words,
-                scales,
-                weight_rows(table, expert, 4, ALIGNED),
-                weight_rows(table, expert, 5, ALIGNED),
-                features,
-                H,
-                h,
-                place,
-                is_row,
-                INTER,
-                BN,
-                BM,
-                BK,
-                UP,
-            )
-            at = out + pair[None, :].to(tl.int64) * H + features[:, None]
-            tl.store(at, rounded(value, out.dtype.element_ty, UP), mask=(features < H)[:, None] & is_row[None, :])
+                down_tile(
+                    h, words, scales, table, order, out, expert, features, base, end,
+                    H, INTER, BN, TAIL, BK, PAIRS, ALIGNED, UP,
+                )  # fmt: skip
 
 
 @triton.jit
