@@ -51,12 +51,26 @@ sources() {
     \( -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt \) 2>/dev/null | LC_ALL=C sort
 }
 
+# The kernels.json of -DK25_GPU_KERNELS=DIR among K25_NATIVE_FLAGS (cmake takes a relative DIR from here): a new build of the
+# kernels changes it. /dev/null where there is none.
+kernels_manifest() {
+  found=/dev/null
+  for flag in ${K25_NATIVE_FLAGS:-}; do
+    case $flag in
+      -DK25_GPU_KERNELS=* | -DK25_GPU_KERNELS:*=*) found=${flag#*=}/kernels.json ;;
+    esac
+  done
+  [ -f "$found" ] || found=/dev/null
+  printf '%s\n' "$found"
+}
+
 compiler=$(find_compiler) || skip 'no C++ compiler found (Debian, Ubuntu: sudo apt-get install g++)'
 key=$(
   {
     printf '%s\n' "$root" "$compiler" "${K25_NATIVE_FLAGS:-}" "${ONNXRUNTIME_INCLUDE_DIR:-}"
     "$compiler" --version 2>/dev/null | head -n 1
     cat plugins/k25_plugins/version.py
+    cksum <"$(kernels_manifest)"
     sources | while read -r file; do
       printf '%s ' "$file"
       cksum <"$file"

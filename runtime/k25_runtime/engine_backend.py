@@ -25,6 +25,7 @@ from k25_runtime.engine_instance import EngineInstance
 from k25_runtime.engine_session import DEFAULT_STAGING_BYTES, EngineSession, bytes_of, packed
 from k25_runtime.engine_step import DEFAULT_GRAPHS, CapturedStep
 from k25_runtime.engine_weights import DEFAULT_BUFFER_BYTES, DEFAULT_BUFFERS
+from k25_runtime.even_rows import promise_even_rows
 from k25_runtime.expert_layout import ScatteredTensor
 from k25_runtime.host_tensor import HostTensor
 
@@ -94,6 +95,7 @@ class EngineBackend:
         staging_bytes: int = DEFAULT_STAGING_BYTES,
     ) -> None:
         """Takes over the device: `close` closes it. `graphs` captured steps are kept, 0 captures none."""
+        promise_even_rows()  # `expert_alignment` is what makes them so
         self._bundle = bundle
         self._target = target
         self._engines = engines

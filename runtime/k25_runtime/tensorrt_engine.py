@@ -11,6 +11,7 @@ import k25_plugins
 from k25_engines.plugin_creators import register_plugins
 from k25_plugins.errors import InputError
 from k25_runtime.device import DeviceError, EnginePort, Shape, Stream
+from k25_runtime.even_rows import promise_even_rows_to
 
 if TYPE_CHECKING:
     from k25_engines.tensorrt_module import TensorRT
@@ -39,7 +40,10 @@ class EngineLoader:
         self._tensorrt = tensorrt
         self._messages: deque[str] = deque(maxlen=_KEPT_MESSAGES)
         self._logger = _logger(tensorrt.module, self._messages)
-        self._creators = register_plugins(tensorrt, plugin_library(), report=self._messages.append)
+        library = plugin_library()
+        self._creators = register_plugins(tensorrt, library, report=self._messages.append)
+        if library is not None:
+            promise_even_rows_to(library)
         self._runtime = tensorrt.module.Runtime(self._logger)
         if self._runtime is None:
             raise DeviceError(f"{tensorrt.flavour} {tensorrt.version}: no runtime: {self._last_messages()}")

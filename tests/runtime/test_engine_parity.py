@@ -12,6 +12,7 @@ from fake_device import FakeDevice
 from k25_engines.engine_options import EngineOptions
 from k25_plugins.errors import BackendMissingError
 from k25_runtime.engine_opening import engine_backend_from_bundle
+from k25_validate.bisect import bisect_bundle
 from k25_validate.validation import parity_report_from_bundle
 from k25_validate.validation_options import ValidationOptions
 
@@ -43,3 +44,13 @@ def test_without_a_gpu_it_says_which_one_it_needs(bundle: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendMissingError):
         parity_report_from_bundle(bundle, options=ValidationOptions(backend="tensorrt"))
+
+
+def test_bisect_walks_engines(bundle: Path) -> None:
+    device = FakeDevice()
+    backend = engine_backend_from_bundle(bundle, device=device)
+    report = bisect_bundle(bundle, backend=backend, token_ids=[1, 2, 3])
+    backend.close()
+    assert report.passed, report.summary()
+    assert report.backend == backend.name
+    device.closed_clean()

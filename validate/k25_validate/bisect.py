@@ -124,7 +124,7 @@ def bisect_bundle(
             checkpoint=checkpoint,
             mode="exact",
             context=longest,
-            block_size=BLOCK_SIZE,
+            block_size=backend.limits.only("block_size") or BLOCK_SIZE,
             max_sequences=WAYS_OF_A_PROMPT * len(prompts),
             backend=backend,
             bind_layers=False,

@@ -111,7 +111,7 @@ def parity_report_from_bundle(
             mode="exact",
             context=context,
             max_sequences=_sequences(prompts, context),
-            block_size=BLOCK_SIZE if options.backend == "onnxruntime" else None,
+            block_size=BLOCK_SIZE if backend is None and options.backend == "onnxruntime" else None,
             threads=threads,
             backend=backend or options.backend,
             bind_layers=False,

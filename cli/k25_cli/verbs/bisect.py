@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from k25_cli.output import Output, output_options
-from k25_cli.stages import require_reference, validation_options
+from k25_cli.stages import backend_option, require_reference, validation_options
 from k25_cli.verbs.run import TokenIds
 from k25_plugins.errors import VerificationError
 
 if TYPE_CHECKING:
+    from k25_runtime.backend import Backend
     from k25_validate.validation import ReferenceName, Stream
 
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--token-ids", type=TokenIds(), help='Look with these token ids: "1 2 3".')
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for a reproducer of the op.")
 @validation_options
+@backend_option
 @click.option("--checkpoint", help="The checkpoint, if it has moved (or K25_CHECKPOINT).")
 @output_options
 def command(
@@ -31,6 +34,7 @@ def command(
     output: Path | None,
     reference: str,
     stream: str,
+    backend: str,
     checkpoint: str | None,
     as_json: bool,
     quiet: bool,
@@ -47,7 +51,7 @@ def command(
     from k25_validate.bisect import bisect_bundle, report_values
 
     printer = Output(as_json=as_json, quiet=quiet)
-    with printer.progress() as progress:
+    with ExitStack() as stack, printer.progress() as progress:
         report = bisect_bundle(
             bundle,
             checkpoint=checkpoint,
@@ -56,7 +60,16 @@ def command(
             text=prompt,
             token_ids=token_ids,
             output=output,
+            backend=_engines(bundle, stack) if backend == "tensorrt" else None,
             progress=progress,
         )
     printer.result(report_values(report), lambda: click.echo(report.summary()))
     return 0 if report.passed else VerificationError.exit_code
+
+
+def _engines(bundle: Path, stack: ExitStack) -> Backend:
+    from k25_runtime.engine_opening import engine_backend_from_bundle
+
+    backend = engine_backend_from_bundle(bundle)
+    stack.callback(backend.close)
+    return backend
