@@ -52,15 +52,14 @@ sources() {
 }
 
 # The kernels.json of -DK25_GPU_KERNELS=DIR among K25_NATIVE_FLAGS (cmake takes a relative DIR from here): a new build of the
-# kernels changes it. /dev/null where there is none.
+# kernels changes it.
 kernels_manifest() {
-  found=/dev/null
+  found=
   for flag in ${K25_NATIVE_FLAGS:-}; do
     case $flag in
       -DK25_GPU_KERNELS=* | -DK25_GPU_KERNELS:*=*) found=${flag#*=}/kernels.json ;;
     esac
   done
-  [ -f "$found" ] || found=/dev/null
   printf '%s\n' "$found"
 }
 
@@ -70,7 +69,8 @@ key=$(
     printf '%s\n' "$root" "$compiler" "${K25_NATIVE_FLAGS:-}" "${ONNXRUNTIME_INCLUDE_DIR:-}"
     "$compiler" --version 2>/dev/null | head -n 1
     cat plugins/k25_plugins/version.py
-    cksum <"$(kernels_manifest)"
+    kernels=$(kernels_manifest)
+    [ ! -f "$kernels" ] || cksum <"$kernels"
     sources | while read -r file; do
       printf '%s ' "$file"
       cksum <"$file"

@@ -37,7 +37,7 @@ def test_a_backend_of_engines_tells_a_native_library_that_has_kernels(
     handle: Any = Handle(kernels)
     monkeypatch.setattr(even_rows, "native_library", lambda: NativeLibrary(Path("libk25_ops.so"), handle))
     bundle = bundle_with_engines(exported.bundle, tmp_path)
-    backend = engine_backend_from_bundle(bundle, device=FakeDevice(bundle, {}))
+    backend = engine_backend_from_bundle(bundle, device=FakeDevice(sessions={}))
     assert backend.expert_alignment is not None
     assert backend.expert_alignment % 16 == 0, "two rows of 8 bytes"
     backend.close()
