@@ -34,7 +34,7 @@ from k25_plugins.signatures import DOMAIN, ONNX_DTYPES
 
 
 def traced_component_from_spec(spec: ComponentSpec, precision: Precision) -> TracedComponent:
-    """Trace, lift the weights to inputs, optimise, mark plugins, repeat blocks, append function bodies, check.
+    """Trace, lift the weights to inputs, optimise, mark plugins, append function bodies, check, repeat blocks.
 
     The order matters: folding gives TensorRT its axes as constants, and is safe only once no meta weight is an
     initializer; bodies come last, or they would be inlined. Only constants are folded: the exporter's rewrite rules
@@ -51,10 +51,11 @@ def traced_component_from_spec(spec: ComponentSpec, precision: Precision) -> Tra
     strip_metadata(model)
     mark_plugins(model)
     proto = ir.serde.serialize_model(model)
-    if spec.stack is not None:
-        repeat_blocks(proto.graph, spec.stack)
     proto.functions.extend(functions_for({node.op_type for node in proto.graph.node if node.domain == DOMAIN}))
     _check(spec, proto)
+    if spec.stack is not None:  # after the full check: inferring the shapes of every block takes 60 MB
+        repeat_blocks(proto.graph, spec.stack)
+        onnx.checker.check_model(proto)
     del module, model
     gc.collect()  # what torch leaves behind is cyclic: the next trace would come on top of it
     return TracedComponent(
