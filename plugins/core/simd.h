@@ -39,6 +39,9 @@ typedef float F32 __attribute__((vector_size(4 * W)));
 typedef int32_t I32 __attribute__((vector_size(4 * W)));
 typedef uint32_t U32 __attribute__((vector_size(4 * W)));
 
+// The least multiple of `chunk` that is not below `size`.
+K25_INLINE int64_t padded(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk * chunk; }
+
 K25_INLINE F32 set1(float value) { return value - F32{}; }
 K25_INLINE I32 set1i(int32_t value) { return value - I32{}; }
 K25_INLINE F32 zero() { return F32{}; }

@@ -1,41 +1,16 @@
-// Rows of bfloat16 weights, in place, times activations.
+// Blocks of rows of bfloat16 weights, in place, times many activations.
 //
-// A vector of 2 W weights is taken apart into those of even and those of odd index (load_bf16_split), so float32 activations
-// lie in *split order*: of each chunk of 2 W first the even, then the odd ones. bfloat16 activations lie in their own order.
-// Both are padded with zeros to whole chunks; weights are never read beyond their row.
+// float32 activations lie in split order (bf16_stream.h), bfloat16 ones in their own, both padded with zeros to whole chunks.
+// Weights are never read beyond their row.
 #ifndef K25_BF16_ROWS_H
 #define K25_BF16_ROWS_H
 
-#include "simd.h"
+#include "bf16_stream.h"
 
 namespace k25 {
 namespace K25_ISA_NS {
 
-constexpr int kSplitChunk = 2 * W;
 constexpr int kPairChunk = 32;
-// The most activations that a row is multiplied with while it streams by.
-constexpr int kStreamTokens = 4;
-constexpr int kStreamRows = 4;
-
-// How far ahead lines are asked for: beyond the rows that stream together where those are short. Measured on one core, rows of
-// 2 KB: 32 GB/s with 2 KB, 41 with 8; rows of 14 KB: 38 and 33.
-K25_INLINE int64_t prefetch_bytes(int64_t in) { return in <= 2048 ? 8192 : 2048; }
-
-K25_INLINE int64_t padded(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk * chunk; }
-
-static void to_split_order(const void* from, bool is_float, int64_t size, float* to) {
-  const float* floats = static_cast<const float*>(from);
-  const uint16_t* halves = static_cast<const uint16_t*>(from);
-  for (int64_t start = 0; start < size; start += kSplitChunk) {
-    float chunk[kSplitChunk] = {};
-    const int count = static_cast<int>(size - start < kSplitChunk ? size - start : kSplitChunk);
-    for (int j = 0; j < count; ++j) chunk[j] = is_float ? floats[start + j] : float_of(halves[start + j]);
-    for (int j = 0; j < W; ++j) {
-      to[start + j] = chunk[2 * j];
-      to[start + W + j] = chunk[2 * j + 1];
-    }
-  }
-}
 
 static inline void to_pair_order(const void* from, bool is_float, int64_t size, uint16_t* to) {
   const float* floats = static_cast<const float*>(from);
@@ -44,59 +19,7 @@ static inline void to_pair_order(const void* from, bool is_float, int64_t size, 
   for (int64_t j = size; j < padded(size, kPairChunk); ++j) to[j] = 0;
 }
 
-// The last, partial chunk of a row, padded with zeros.
-K25_INLINE void load_tail(const uint16_t* from, int64_t count, F32* even, F32* odd) {
-  uint16_t lanes[kSplitChunk] = {};
-  memcpy(lanes, from, sizeof(uint16_t) * static_cast<size_t>(count));
-  load_bf16_split(lanes, even, odd);
-}
-
-// Dot products of M activations in split order with R rows of `in` weights, `in` apart; out[r * kStreamTokens + m].
-template <int M, int R>
-static void stream_rows(const uint16_t* rows, int64_t in, const float* const* x, float* out) {
-  F32 total[R][M];
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) total[r][m] = zero();
-  }
-  const int64_t whole = in / kSplitChunk * kSplitChunk, ahead = prefetch_bytes(in);
-  for (int64_t column = 0; column < whole; column += kSplitChunk) {
-    for (int r = 0; r < R; ++r) {
-      const uint16_t* at = rows + r * in + column;
-      F32 even, odd;
-      load_bf16_split(at, &even, &odd);
-      prefetch(reinterpret_cast<const char*>(at) + ahead);
-      for (int m = 0; m < M; ++m) {
-        total[r][m] = fma(even, load(x[m] + column), total[r][m]);
-        total[r][m] = fma(odd, load(x[m] + column + W), total[r][m]);
-      }
-    }
-  }
-  if (whole < in) {
-    for (int r = 0; r < R; ++r) {
-      F32 even, odd;
-      load_tail(rows + r * in + whole, in - whole, &even, &odd);
-      for (int m = 0; m < M; ++m) {
-        total[r][m] = fma(even, load(x[m] + whole), total[r][m]);
-        total[r][m] = fma(odd, load(x[m] + whole + W), total[r][m]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
-  }
-}
-
-template <int R>
-K25_INLINE void stream_rows_of(int tokens, const uint16_t* rows, int64_t in, const float* const* x, float* out) {
-  switch (tokens) {
-    case 1: return stream_rows<1, R>(rows, in, x, out);
-    case 2: return stream_rows<2, R>(rows, in, x, out);
-    case 3: return stream_rows<3, R>(rows, in, x, out);
-    default: return stream_rows<4, R>(rows, in, x, out);
-  }
-}
-
-// Many activations: blocks of rows by columns that stay in the L2 cache, sums in memory.
+// Blocks of rows by columns that stay in the L2 cache, sums in memory.
 
 constexpr int kBlockRows = 4;
 // Columns of a block, a multiple of every chunk.

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kPanelTokens = 64;
 constexpr int kMostRows = 32;        // of a task with many tokens
-constexpr int kStreamBytes = 65536;  // of weights in a task with few
+constexpr int kStreamBytes = 32768;  // of weights in a task with few
 constexpr int kPrepareTokens = 8;    // in a task
 
 struct Call {
@@ -24,8 +24,6 @@ struct Call {
   bool is_float, use_pairs, is_streamed;
   int64_t tokens, in, out, rows, x_bytes;
   char* prepared_x;  // [tokens] rows of x_bytes
-  int64_t prepare_tasks;
-  Counter prepared;
   int32_t no_memory;
 };
 
@@ -59,21 +57,10 @@ void stream(const Call& call, int64_t first, int64_t stop) {
   const float* x[kStreamTokens];
   const int tokens = static_cast<int>(call.tokens);
   pointers(call, 0, tokens, x);
-  float found[kStreamRows * kStreamTokens];
-  int64_t row = first;
-  const auto write_rows = [&](int rows) {
-    for (int r = 0; r < rows; ++r) {
-      for (int m = 0; m < tokens; ++m) write(call, m, row + r, found[r * kStreamTokens + m]);
-    }
-    row += rows;
-  };
-  while (row + kStreamRows <= stop) {
-    stream_rows_of<kStreamRows>(tokens, call.weight + row * call.in, call.in, x, found);
-    write_rows(kStreamRows);
-  }
-  while (row < stop) {
-    stream_rows_of<1>(tokens, call.weight + row * call.in, call.in, x, found);
-    write_rows(1);
+  for (int64_t row = first; row < stop; ++row) {
+    float found[kStreamTokens];
+    stream_row_of(tokens, call.weight + row * call.in, call.in, x, found);
+    for (int m = 0; m < tokens; ++m) write(call, m, row, found[m]);
   }
 }
 
@@ -96,17 +83,15 @@ bool multiply(const Call& call, int64_t first, int64_t stop) {
   return true;
 }
 
-void run_task(void* state, size_t index) {
+void prepare_task(void* state, size_t index) {
+  const Call& call = *static_cast<Call*>(state);
+  const int64_t first = static_cast<int64_t>(index) * kPrepareTokens;
+  prepare(call, first, first + kPrepareTokens < call.tokens ? first + kPrepareTokens : call.tokens);
+}
+
+void rows_task(void* state, size_t index) {
   Call& call = *static_cast<Call*>(state);
-  const int64_t task = static_cast<int64_t>(index);
-  if (task < call.prepare_tasks) {
-    const int64_t stop = (task + 1) * kPrepareTokens;
-    prepare(call, task * kPrepareTokens, stop < call.tokens ? stop : call.tokens);
-    arrive(&call.prepared);
-    return;
-  }
-  if (call.prepare_tasks > 0) wait_for(&call.prepared, static_cast<int32_t>(call.prepare_tasks));
-  const int64_t first = (task - call.prepare_tasks) * call.rows;
+  const int64_t first = static_cast<int64_t>(index) * call.rows;
   const int64_t stop = first + call.rows < call.out ? first + call.rows : call.out;
   if (call.is_streamed) return stream(call, first, stop);
 #if K25_HAS_DOT_BF16
@@ -136,15 +121,12 @@ k25_status linear(const k25_tensor inputs[2], const k25_tensor outputs[1], const
   call.x_bytes = padded(call.use_pairs ? 2 * padded(call.in, kPairChunk) : 4 * padded(call.in, kSplitChunk), 64);
   call.prepared_x = static_cast<char*>(scratch.take(static_cast<size_t>(call.tokens * call.x_bytes)));
   if (call.prepared_x == nullptr) return fail(K25_FAILED, message, "k25.Linear: out of memory");
-  call.rows = kMostRows;
-  if (call.is_streamed) {
-    call.rows = padded(kStreamBytes / (2 * call.in) + 1, kStreamRows);
-    prepare(call, 0, call.tokens);
-  } else {
-    call.prepare_tasks = (call.tokens + kPrepareTokens - 1) / kPrepareTokens;
-  }
-  const int64_t tasks = call.prepare_tasks + (call.out + call.rows - 1) / call.rows;
-  run_in_order(options->parallel, run_task, &call, static_cast<size_t>(tasks));
+  call.rows = call.is_streamed ? kStreamBytes / (2 * call.in) + 1 : kMostRows;
+  const Phase phases[] = {
+      {prepare_task, static_cast<size_t>((call.tokens + kPrepareTokens - 1) / kPrepareTokens)},
+      {rows_task, static_cast<size_t>((call.out + call.rows - 1) / call.rows)},
+  };
+  run_phases(options->parallel, phases, &call);
   return call.no_memory == 0 ? K25_OK : fail(K25_FAILED, message, "k25.Linear: out of memory");
 }
 

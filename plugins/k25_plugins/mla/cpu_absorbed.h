@@ -8,6 +8,7 @@
 #ifndef K25_MLA_CPU_ABSORBED_H
 #define K25_MLA_CPU_ABSORBED_H
 
+#include "bf16_stream.h"
 #include "cpu_call.h"
 
 namespace k25 {
@@ -15,7 +16,7 @@ namespace K25_ISA_NS {
 
 constexpr size_t kShortestSplit = 512, kGoodSplit = 1024, kMostSplits = 32;
 constexpr size_t kWaveBytes = size_t{48} << 20;  // of queries and sums of the tokens that are on their way together
-constexpr size_t kTokenTile = 4;                 // tokens that share a read of kv_b
+constexpr size_t kTokenTile = kStreamTokens;     // tokens that share a read of kv_b
 
 // Eight splits where that makes them of good length: short ones cost merging, long ones leave threads without work.
 K25_INLINE size_t split_length(size_t context) {
@@ -50,53 +51,57 @@ K25_INLINE const uint16_t* head_rows(const MlaCall& call, size_t head) {
   return call.kv_b + head * (call.nope + call.v) * call.rank;
 }
 
-constexpr size_t kRowsAtOnce = 4;
+constexpr int kRowsAtOnce = 4;
 
-// The rows of kv_b after the next: they pass faster than the hardware asks for them.
-K25_INLINE void prefetch_ahead(const MlaCall& call, const uint16_t* row) {
-  __builtin_prefetch(row + 2 * kRowsAtOnce * call.rank, 0, 3);
-}
+K25_INLINE size_t split_stride(const MlaCall& call) { return static_cast<size_t>(padded(call.rank, kSplitChunk)); }
 
-// to[t][column] += query[t][d] * rows[d][column] for kRows rows from d on, every sum in the order of d.
+// sums[t] += query[t][d] * rows[d] for kRows rows from d on, every sum in the order of d; sums in split order. The rows pass
+// side by side, but lines are asked for in the order of memory.
 template <int kTokens, int kRows>
 K25_INLINE void absorb_rows(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows,
-                            float* to, size_t to_stride) {
-  size_t column = 0;
-  for (; column + kLanes <= call.rank; column += kLanes) {
-    F32 value[kRows];
+                            float* sums) {
+  const size_t stride = split_stride(call);
+  const char* ahead = reinterpret_cast<const char*>(rows) + kStreamAhead;
+  for (size_t column = 0; column < call.rank; column += kSplitChunk) {
+    F32 even[kRows], odd[kRows];
     K25_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      value[row] = load_bf16(rows + row * call.rank + column);
-      if (kRows == kRowsAtOnce) prefetch_ahead(call, rows + row * call.rank + column);
-    }
-    K25_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      F32 sum = load(to + t * to_stride + column);
-      K25_UNROLL
-      for (int row = 0; row < kRows; ++row) sum = fma(set1(query[t * query_stride + row]), value[row], sum);
-      store(to + t * to_stride + column, sum);
-    }
-  }
-  for (; column < call.rank; ++column) {
-    for (int t = 0; t < kTokens; ++t) {
-      for (int row = 0; row < kRows; ++row) {
-        to[t * to_stride + column] += query[t * query_stride + row] * float_of(rows[row * call.rank + column]);
+    for (int row = 0; row < kRows; ++row, ahead += 4 * W) {
+      const uint16_t* at = rows + row * call.rank + column;
+      if (column + kSplitChunk <= call.rank) {
+        load_bf16_split(at, &even[row], &odd[row]);
+      } else {
+        load_tail(at, static_cast<int64_t>(call.rank - column), &even[row], &odd[row]);
       }
+      prefetch(ahead);
+    }
+    K25_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      float* to = sums + t * stride + column;
+      F32 even_sum = load(to), odd_sum = load(to + W);
+      K25_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        const F32 factor = set1(query[t * query_stride + row]);
+        even_sum = fma(factor, even[row], even_sum);
+        odd_sum = fma(factor, odd[row], odd_sum);
+      }
+      store(to, even_sum);
+      store(to + W, odd_sum);
     }
   }
 }
 
-// to[t] = UK^T query[t]: the rows of UK pass once, in their order in memory.
+// to[t] = UK^T query[t]: the rows of UK pass once, in their order in memory. `sums` is space for kTokens rows.
 template <int kTokens>
-static void absorb(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows, float* to,
-                   size_t to_stride) {
-  for (int t = 0; t < kTokens; ++t) memset(to + t * to_stride, 0, call.rank * sizeof(float));
+static void absorb(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows, float* sums,
+                   float* to, size_t to_stride) {
+  memset(sums, 0, kTokens * split_stride(call) * sizeof(float));
   size_t d = 0;
   for (; d + kRowsAtOnce <= call.nope; d += kRowsAtOnce) {
-    absorb_rows<kTokens, kRowsAtOnce>(call, query + d, query_stride, rows + d * call.rank, to, to_stride);
+    absorb_rows<kTokens, kRowsAtOnce>(call, query + d, query_stride, rows + d * call.rank, sums);
   }
-  for (; d < call.nope; ++d) {
-    absorb_rows<kTokens, 1>(call, query + d, query_stride, rows + d * call.rank, to, to_stride);
+  for (; d < call.nope; ++d) absorb_rows<kTokens, 1>(call, query + d, query_stride, rows + d * call.rank, sums);
+  for (int t = 0; t < kTokens; ++t) {
+    from_split_order(sums + t * split_stride(call), static_cast<int64_t>(call.rank), to + t * to_stride);
   }
 }
 
@@ -105,8 +110,10 @@ static void absorb_task(void* state, size_t head) {
   Wave& wave = *static_cast<Wave*>(state);
   const MlaCall& call = *wave.call;
   const size_t query_width = call.nope + call.rope, stride = call.heads * call.width;
-  float* query = static_cast<float*>(thread_scratch(kTokenTile * query_width * sizeof(float)));
-  if (query == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  const size_t floats = kTokenTile * (split_stride(call) + query_width);
+  float* sums = static_cast<float*>(thread_scratch(floats * sizeof(float)));
+  if (sums == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  float* query = sums + kTokenTile * split_stride(call);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
     const size_t count = smaller(kTokenTile, wave.count - first);
     float* to = wave.queries + (first * call.heads + head) * call.width;
@@ -115,11 +122,12 @@ static void absorb_task(void* state, size_t head) {
       memcpy(to + t * stride + call.rank, query + t * query_width + call.nope, call.rope * sizeof(float));
     }
     if (count == kTokenTile) {
-      absorb<kTokenTile>(call, query, query_width, head_rows(call, head), to, stride);
+      absorb<kTokenTile>(call, query, query_width, head_rows(call, head), sums, to, stride);
       continue;
     }
     for (size_t t = 0; t < count; ++t) {
-      absorb<1>(call, query + t * query_width, query_width, head_rows(call, head), to + t * stride, stride);
+      absorb<1>(call, query + t * query_width, query_width, head_rows(call, head), sums, to + t * stride,
+                stride);
     }
   }
 }
@@ -245,64 +253,27 @@ static void merge_task(void* state, size_t index) {
   }
 }
 
-// to[t][i] = sum over r of z[t][r] * rows[i][r] for kRows rows.
-template <int kTokens, int kRows>
-K25_INLINE void dot_rows(const MlaCall& call, const float* z, size_t z_stride, const uint16_t* rows, float* to,
-                         size_t to_stride) {
-  F32 sums[kTokens][kRows];
-  K25_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    K25_UNROLL
-    for (int i = 0; i < kRows; ++i) sums[t][i] = zero();
-  }
-  size_t r = 0;
-  for (; r + kLanes <= call.rank; r += kLanes) {
-    F32 value[kRows];
-    K25_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      value[i] = load_bf16(rows + i * call.rank + r);
-      if (kRows == kRowsAtOnce) prefetch_ahead(call, rows + i * call.rank + r);
-    }
-    K25_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const F32 lanes = load(z + t * z_stride + r);
-      K25_UNROLL
-      for (int i = 0; i < kRows; ++i) sums[t][i] = fma(lanes, value[i], sums[t][i]);
-    }
-  }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int i = 0; i < kRows; ++i) {
-      float rest = 0.0f;
-      for (size_t k = r; k < call.rank; ++k) rest += z[t * z_stride + k] * float_of(rows[i * call.rank + k]);
-      to[t * to_stride + i] = sum(sums[t][i]) + rest;
-    }
-  }
-}
-
-template <int kTokens>
-static void expand_values(const MlaCall& call, const float* z, size_t z_stride, const uint16_t* rows, float* to) {
-  size_t i = 0;
-  for (; i + kRowsAtOnce <= call.v; i += kRowsAtOnce) {
-    dot_rows<kTokens, kRowsAtOnce>(call, z, z_stride, rows + i * call.rank, to + i, call.v);
-  }
-  for (; i < call.v; ++i) dot_rows<kTokens, 1>(call, z, z_stride, rows + i * call.rank, to + i, call.v);
-}
-
 // Outputs of one head, all tokens of the wave.
 static void out_task(void* state, size_t head) {
   Wave& wave = *static_cast<Wave*>(state);
   const MlaCall& call = *wave.call;
   const uint16_t* rows = head_rows(call, head) + call.nope * call.rank;
-  const size_t z_stride = call.heads * call.rank;
-  float* values = static_cast<float*>(thread_scratch(kTokenTile * call.v * sizeof(float)));
-  if (values == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  const size_t split = split_stride(call);
+  float* space = static_cast<float*>(thread_scratch(kTokenTile * (split + call.v) * sizeof(float)));
+  if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
+  float* values = space + kTokenTile * split;
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
     const size_t count = smaller(kTokenTile, wave.count - first);
-    const float* z = wave.mixed + (first * call.heads + head) * call.rank;
-    if (count == kTokenTile) {
-      expand_values<kTokenTile>(call, z, z_stride, rows, values);
-    } else {
-      for (size_t t = 0; t < count; ++t) expand_values<1>(call, z + t * z_stride, z_stride, rows, values + t * call.v);
+    const float* z[kTokenTile];
+    for (size_t t = 0; t < count; ++t) {
+      const float* mixed = wave.mixed + ((first + t) * call.heads + head) * call.rank;
+      to_split_order(mixed, true, static_cast<int64_t>(call.rank), space + t * split);
+      z[t] = space + t * split;
+    }
+    for (size_t i = 0; i < call.v; ++i) {
+      float found[kTokenTile];
+      stream_row_of(static_cast<int>(count), rows + i * call.rank, static_cast<int64_t>(call.rank), z, found);
+      for (size_t t = 0; t < count; ++t) values[t * call.v + i] = found[t];
     }
     for (size_t t = 0; t < count; ++t) {
       const size_t token = static_cast<size_t>(wave.tokens[first + t]);
@@ -321,10 +292,13 @@ static bool run_wave(Wave& wave, float* space) {
   wave.mixed = wave.queries + wave.count * call.heads * call.width;
   wave.sums = wave.mixed + wave.count * call.heads * call.rank;
   wave.failed = false;
-  run_parallel(call.parallel, absorb_task, &wave, call.heads);
-  run_parallel(call.parallel, attend_task, &wave, wave.first_split[wave.count] * wave.panels);
-  run_parallel(call.parallel, merge_task, &wave, wave.count * wave.panels * divided_up(call.rank, kMergeColumns));
-  run_parallel(call.parallel, out_task, &wave, call.heads);
+  const Phase phases[] = {
+      {absorb_task, call.heads},
+      {attend_task, wave.first_split[wave.count] * wave.panels},
+      {merge_task, wave.count * wave.panels * divided_up(call.rank, kMergeColumns)},
+      {out_task, call.heads},
+  };
+  run_phases(call.parallel, phases, &wave);
   return !__atomic_load_n(&wave.failed, __ATOMIC_RELAXED);
 }
 

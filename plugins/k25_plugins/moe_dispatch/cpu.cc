@@ -5,8 +5,11 @@
 // An expert of few tokens is streamed (int4_stream.h), one of many is unpacked tile by tile (int4_tile.h).
 //
 // Legend: T tokens, H hidden, I expert width, P (token, expert) pairs.
+#include <initializer_list>
+
 #include "checks.h"
 #include "expert_groups.h"
+#include "int4_fixed.h"
 #include "int4_tile.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -16,37 +19,57 @@ namespace k25 {
 namespace K25_ISA_NS {
 namespace {
 
-constexpr int kRows = 16;  // of gate and up in a task
-constexpr int kMaxDownRows = kTileRows;
-constexpr int kPrepareTokens = 8;  // in a task
+constexpr int kRows = 16;             // of gate and up in a task
+constexpr int kDownRows = kTileRows;  // of down in a task
+constexpr int kPrepareTokens = 8;     // in a task
+
+int64_t divided_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
+
+// How activations lie: for float32 (int4_order.h: word order), for bfloat16 dot products (group order), as 16-bit numbers
+// (int4_fixed.h).
+enum Form { kWords, kPairs, kFixed, kForms };
+
+int64_t form_bytes(Form form, int64_t size) {
+#if K25_HAS_VNNI
+  if (form == kFixed) return padded(size, kFixedChunk) / kFixedChunk * static_cast<int64_t>(sizeof(FixedChunk));
+#endif
+  return form == kPairs ? 2 * padded(size, kGroupChunk) : 4 * padded(size, kWordChunk);
+}
+
+void to_form(Form form, const void* from, bool is_float, int64_t size, char* to) {
+#if K25_HAS_VNNI
+  if (form == kFixed) return to_fixed_order(from, is_float, size, reinterpret_cast<FixedChunk*>(to));
+#endif
+  if (form == kPairs) return to_group_order(from, is_float, size, reinterpret_cast<uint16_t*>(to));
+  to_word_order(from, is_float, size, reinterpret_cast<float*>(to));
+}
 
 struct Call {
   const void* x;
   void* y;
   bool is_float;
-  bool use_pairs;  // bfloat16 dot products for experts of many tokens
+  Form few, many;  // for experts of few and of many tokens
   int64_t tokens, hidden, intermediate, words_per_group;
   ExpertGroups groups;
-  int down_rows;
 
-  float* x_words;     // [T][x_words_stride] word order, or null
-  uint16_t* x_pairs;  // [T][x_pairs_stride] group order, or null
-  char* inner;        // [P] rows of inner_bytes: word order, or group order where the group is multiplied so
-  int64_t x_words_stride, x_pairs_stride, inner_bytes;
+  char* forms[kForms];  // x: [T] rows of form_bytes, or null
+  char* inner;          // [P] rows of inner_bytes, in the form of the expert's group
+  int64_t inner_bytes;
 
-  int64_t prepare_tasks, gate_blocks, gate_tasks;
-  Counter prepared, gated;
+  int64_t gate_blocks;
   int32_t no_memory;  // set by any task
 };
 
 bool is_streamed(const ExpertGroup& group) { return group.pair_count <= kStreamTokens; }
-bool has_pairs(const Call& call, const ExpertGroup& group) { return call.use_pairs && !is_streamed(group); }
+Form form_of(const Call& call, const ExpertGroup& group) { return is_streamed(group) ? call.few : call.many; }
 
-float* inner_words(const Call& call, int64_t pair) {
-  return reinterpret_cast<float*>(call.inner + pair * call.inner_bytes);
+template <class T>
+T* x_row(const Call& call, Form form, int64_t token) {
+  return reinterpret_cast<T*>(call.forms[form] + token * form_bytes(form, call.hidden));
 }
-uint16_t* inner_pairs(const Call& call, int64_t pair) {
-  return reinterpret_cast<uint16_t*>(call.inner + pair * call.inner_bytes);
+template <class T>
+T* inner_row(const Call& call, int64_t pair) {
+  return reinterpret_cast<T*>(call.inner + pair * call.inner_bytes);
 }
 
 void prepare(Call& call, int64_t block) {
@@ -54,69 +77,64 @@ void prepare(Call& call, int64_t block) {
   const int64_t row_bytes = call.hidden * (call.is_float ? 4 : 2);
   for (int64_t token = block * kPrepareTokens; token < stop; ++token) {
     const void* row = static_cast<const char*>(call.x) + token * row_bytes;
-    if (call.x_words != nullptr) {
-      to_word_order(row, call.is_float, call.hidden, call.x_words + token * call.x_words_stride);
-    }
-    if (call.x_pairs != nullptr) {
-      to_group_order(row, call.is_float, call.hidden, call.x_pairs + token * call.x_pairs_stride);
+    for (Form form : {kWords, kPairs, kFixed}) {
+      if (call.forms[form] != nullptr) to_form(form, row, call.is_float, call.hidden, x_row<char>(call, form, token));
     }
   }
 }
 
-// inner = silu(gate) * up of rows [first, first + count) of a pair, into the order in which down reads it.
+// inner = silu(gate) * up of rows [first, first + count) of a pair, in the form in which down reads it.
 void write_inner(Call& call, const ExpertGroup& group, int64_t pair, int64_t first, int count, const float* gate,
                  const float* up) {
+  const Form form = form_of(call, group);
   alignas(64) float values[kRows];
   for (int row = 0; row < kRows; row += W) store(values + row, silu(load(gate + row)) * load(up + row));
+#if K25_HAS_VNNI
+  if (form == kFixed) return write_fixed(load(values), first, inner_row<FixedChunk>(call, pair));
+#endif
   for (int row = 0; row < count; ++row) {
-    if (has_pairs(call, group)) {
-      inner_pairs(call, pair)[group_order(first + row)] = bf16_of(values[row]);
+    if (form == kPairs) {
+      inner_row<uint16_t>(call, pair)[group_order(first + row)] = bf16_of(values[row]);
     } else {
-      inner_words(call, pair)[word_order(first + row)] = values[row];
+      inner_row<float>(call, pair)[word_order(first + row)] = values[row];
     }
   }
 }
 
-// Gate and up of few tokens, a row or two of each at a time.
-void stream_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t stop) {
+// Dot products of rows with the activations of a streamed group, row(m) of which lies in the form for few tokens.
+template <int R, class Row>
+K25_INLINE void stream_rows([[maybe_unused]] const Call& call, int tokens, const PackedRows<R>& rows, Row row, float* found) {
+#if K25_HAS_VNNI
+  if (call.few == kFixed) {
+    const FixedChunk* x[kStreamTokens];
+    for (int m = 0; m < tokens; ++m) x[m] = reinterpret_cast<const FixedChunk*>(row(m));
+    return fixed_rows_of<R>(tokens, rows, x, found);
+  }
+#endif
   const float* x[kStreamTokens];
-  const int tokens = static_cast<int>(group.pair_count);
-  for (int m = 0; m < tokens; ++m) {
-    x[m] = call.x_words + call.groups.tokens[group.first_pair + m] * call.x_words_stride;
-  }
+  for (int m = 0; m < tokens; ++m) x[m] = reinterpret_cast<const float*>(row(m));
+  int4_rows_of<R>(tokens, rows, x, found);
+}
+
+// Gate and up of few tokens, a row of each at a time: they share the loads of the activations.
+void stream_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t stop) {
+  const int tokens = static_cast<int>(group.pair_count), count = static_cast<int>(stop - first);
+  const auto x = [&](int m) { return x_row<char>(call, call.few, call.groups.tokens[group.first_pair + m]); };
   const int64_t words = call.hidden / 8, scale_count = words / call.words_per_group;
-  float gate[kStreamTokens][kRows] = {}, up[kStreamTokens][kRows] = {};
-  int64_t row = first;
-  // Two rows of each share the loads of two activations; one activation is bound by memory, more need the registers.
-  for (; W == 16 && tokens == 2 && row + 2 <= stop; row += 2) {
-    const int32_t* rows[4];
-    const uint16_t* scales[4];
-    for (int r = 0; r < 4; ++r) {
-      const PackedMatrix& matrix = r < 2 ? group.gate : group.up;
-      rows[r] = matrix.words + (row + r % 2) * words;
-      scales[r] = matrix.scales + (row + r % 2) * scale_count;
-    }
-    float found[4 * kStreamTokens];
-    int4_rows_of<4>(tokens, rows, scales, words, call.words_per_group, x, found);
-    for (int m = 0; m < tokens; ++m) {
-      for (int r = 0; r < 2; ++r) {
-        gate[m][row - first + r] = found[r * kStreamTokens + m];
-        up[m][row - first + r] = found[(2 + r) * kStreamTokens + m];
-      }
-    }
-  }
-  for (; row < stop; ++row) {
-    const int32_t* rows[2] = {group.gate.words + row * words, group.up.words + row * words};
-    const uint16_t* scales[2] = {group.gate.scales + row * scale_count, group.up.scales + row * scale_count};
-    float found[2 * kStreamTokens];
-    int4_rows_of<2>(tokens, rows, scales, words, call.words_per_group, x, found);
-    for (int m = 0; m < tokens; ++m) {
-      gate[m][row - first] = found[m];
-      up[m][row - first] = found[kStreamTokens + m];
-    }
-  }
+  const PackedMatrix &gate = group.gate, &up = group.up;
+  float found[kRows * 2 * kStreamTokens];
+  stream_rows<2>(call, tokens,
+                 {{gate.words + first * words, up.words + first * words},
+                  {gate.scales + first * scale_count, up.scales + first * scale_count},
+                  words, call.words_per_group, 1, count},
+                 x, found);
   for (int m = 0; m < tokens; ++m) {
-    write_inner(call, group, group.first_pair + m, first, static_cast<int>(stop - first), gate[m], up[m]);
+    float gates[kRows] = {}, ups[kRows] = {};
+    for (int row = 0; row < count; ++row) {
+      gates[row] = found[2 * row * kStreamTokens + m];
+      ups[row] = found[(2 * row + 1) * kStreamTokens + m];
+    }
+    write_inner(call, group, group.first_pair + m, first, count, gates, ups);
   }
 }
 
@@ -137,21 +155,6 @@ struct TileMemory {
     extra = reinterpret_cast<float*>(tile + tile_bytes + sum_bytes);
   }
 };
-
-template <class Tile>
-struct Activations;
-template <>
-struct Activations<FloatTile> {
-  static const float* x(const Call& call, int64_t token) { return call.x_words + token * call.x_words_stride; }
-  static const float* inner(const Call& call, int64_t pair) { return inner_words(call, pair); }
-};
-#if K25_HAS_DOT_BF16
-template <>
-struct Activations<PairTile> {
-  static const uint16_t* x(const Call& call, int64_t token) { return call.x_pairs + token * call.x_pairs_stride; }
-  static const uint16_t* inner(const Call& call, int64_t pair) { return inner_pairs(call, pair); }
-};
-#endif
 
 // Rows [first, first + rows) of each matrix, as rows 0, rows, ... of the tile, times x[0 .. tokens).
 template <class Tile>
@@ -184,7 +187,7 @@ bool tile_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t stop
   for (int64_t pair = 0; pair < group.pair_count; pair += kTileTokens) {
     const int tokens = static_cast<int>(group.pair_count - pair < kTileTokens ? group.pair_count - pair : kTileTokens);
     for (int m = 0; m < tokens; ++m) {
-      memory.x[m] = Activations<Tile>::x(call, call.groups.tokens[group.first_pair + pair + m]);
+      memory.x[m] = x_row<const typename Tile::Activation>(call, call.many, call.groups.tokens[group.first_pair + pair + m]);
     }
     multiply_matrices<Tile>(matrices, 2, first, rows, call.hidden, call.words_per_group, memory, tokens);
     for (int m = 0; m < tokens; ++m) {
@@ -208,37 +211,35 @@ bool gate(Call& call, int64_t task) {
     return true;
   }
 #if K25_HAS_DOT_BF16
-  if (call.use_pairs) return tile_gate<PairTile>(call, group, first, stop);
+  if (call.many == kPairs) return tile_gate<PairTile>(call, group, first, stop);
 #endif
   return tile_gate<FloatTile>(call, group, first, stop);
 }
 
-// totals [T][kMaxDownRows] += weight * down(inner), for the rows [first, stop).
+// totals [T][kDownRows] += weight * down(inner), for the rows [first, stop).
 void stream_down(const Call& call, const ExpertGroup& group, int64_t first, int64_t stop, float* totals) {
-  const float* x[kStreamTokens];
   const int tokens = static_cast<int>(group.pair_count);
-  for (int m = 0; m < tokens; ++m) x[m] = inner_words(call, group.first_pair + m);
+  const auto x = [&](int m) { return inner_row<char>(call, group.first_pair + m); };
   const int64_t words = call.intermediate / 8, scale_count = words / call.words_per_group;
-  const auto add = [&](int64_t row, const float* found) {
-    for (int m = 0; m < tokens; ++m) {
-      const int64_t pair = group.first_pair + m;
-      totals[call.groups.tokens[pair] * kMaxDownRows + row - first] += call.groups.weights[pair] * found[m];
-    }
-  };
-  int64_t row = first;
-  float found[2 * kStreamTokens];
-  for (; row + 2 <= stop; row += 2) {
-    const int32_t* rows[2] = {group.down.words + row * words, group.down.words + (row + 1) * words};
-    const uint16_t* scales[2] = {group.down.scales + row * scale_count, group.down.scales + (row + 1) * scale_count};
-    int4_rows_of<2>(tokens, rows, scales, words, call.words_per_group, x, found);
-    add(row, found);
-    add(row + 1, found + kStreamTokens);
+  const int32_t* rows = group.down.words + first * words;
+  const uint16_t* scales = group.down.scales + first * scale_count;
+  const int64_t count = stop - first, twos = count / 2;
+  float found[kDownRows * kStreamTokens];
+  stream_rows<2>(call, tokens,
+                 {{rows, rows + words}, {scales, scales + scale_count}, words, call.words_per_group, 2,
+                  static_cast<int>(twos)},
+                 x, found);
+  if (count % 2 != 0) {
+    stream_rows<1>(call, tokens,
+                   {{rows + 2 * twos * words}, {scales + 2 * twos * scale_count}, words, call.words_per_group, 1, 1}, x,
+                   found + 2 * twos * kStreamTokens);
   }
-  if (row < stop) {
-    const int32_t* rows[1] = {group.down.words + row * words};
-    const uint16_t* scales[1] = {group.down.scales + row * scale_count};
-    int4_rows_of<1>(tokens, rows, scales, words, call.words_per_group, x, found);
-    add(row, found);
+  for (int m = 0; m < tokens; ++m) {
+    const int64_t pair = group.first_pair + m;
+    float* total = totals + call.groups.tokens[pair] * kDownRows;
+    for (int64_t row = 0; row < count; ++row) {
+      total[row] += call.groups.weights[pair] * found[row * kStreamTokens + m];
+    }
   }
 }
 
@@ -250,11 +251,11 @@ void tile_down(const Call& call, const ExpertGroup& group, int64_t first, int64_
   for (int64_t start = 0; start < group.pair_count; start += kTileTokens) {
     const int64_t left = group.pair_count - start;
     const int tokens = static_cast<int>(left < kTileTokens ? left : kTileTokens);
-    for (int m = 0; m < tokens; ++m) memory.x[m] = Activations<Tile>::inner(call, group.first_pair + start + m);
+    for (int m = 0; m < tokens; ++m) memory.x[m] = inner_row<const typename Tile::Activation>(call, group.first_pair + start + m);
     multiply_matrices<Tile>(matrices, 1, first, rows, call.intermediate, call.words_per_group, memory, tokens);
     for (int m = 0; m < tokens; ++m) {
       const int64_t pair = group.first_pair + start + m;
-      float* total = totals + call.groups.tokens[pair] * kMaxDownRows;
+      float* total = totals + call.groups.tokens[pair] * kDownRows;
       for (int row = 0; row < rows; ++row) {
         total[row] += call.groups.weights[pair] * sum(load(memory.sums.at(m, row)));
       }
@@ -264,7 +265,7 @@ void tile_down(const Call& call, const ExpertGroup& group, int64_t first, int64_
 
 void write_y(const Call& call, int64_t first, int64_t stop, const float* totals) {
   for (int64_t token = 0; token < call.tokens; ++token) {
-    const float* total = totals + token * kMaxDownRows;
+    const float* total = totals + token * kDownRows;
     const int64_t at = token * call.hidden + first;
     if (call.is_float) {
       memcpy(static_cast<float*>(call.y) + at, total, sizeof(float) * static_cast<size_t>(stop - first));
@@ -276,9 +277,9 @@ void write_y(const Call& call, int64_t first, int64_t stop, const float* totals)
 
 template <class Tile>
 bool down(Call& call, int64_t task) {
-  const int64_t first = task * call.down_rows;
-  const int64_t stop = first + call.down_rows < call.hidden ? first + call.down_rows : call.hidden;
-  const size_t total_bytes = sizeof(float) * static_cast<size_t>(call.tokens) * kMaxDownRows;
+  const int64_t first = task * kDownRows;
+  const int64_t stop = first + kDownRows < call.hidden ? first + kDownRows : call.hidden;
+  const size_t total_bytes = sizeof(float) * static_cast<size_t>(call.tokens) * kDownRows;
   TileMemory<Tile> memory(static_cast<int>(stop - first), total_bytes);
   if (memory.tile == nullptr) return false;
   float* totals = memory.extra;
@@ -295,53 +296,41 @@ bool down(Call& call, int64_t task) {
   return true;
 }
 
-void run_task(void* state, size_t index) {
+void note(Call& call, bool had_memory) {
+  if (!had_memory) __atomic_store_n(&call.no_memory, 1, __ATOMIC_RELAXED);
+}
+
+void prepare_task(void* state, size_t index) { prepare(*static_cast<Call*>(state), static_cast<int64_t>(index)); }
+
+void gate_task(void* state, size_t index) {
   Call& call = *static_cast<Call*>(state);
-  int64_t task = static_cast<int64_t>(index);
-  bool done = true;
-  if (task < call.prepare_tasks) {
-    prepare(call, task);
-    arrive(&call.prepared);
-    return;
-  }
-  task -= call.prepare_tasks;
-  if (task < call.gate_tasks) {
-    wait_for(&call.prepared, static_cast<int32_t>(call.prepare_tasks));
-    done = gate(call, task);
-    if (!done) __atomic_store_n(&call.no_memory, 1, __ATOMIC_RELAXED);
-    arrive(&call.gated);
-    return;
-  }
-  wait_for(&call.gated, static_cast<int32_t>(call.gate_tasks));
-  task -= call.gate_tasks;
+  note(call, gate(call, static_cast<int64_t>(index)));
+}
+
+void down_task(void* state, size_t index) {
+  Call& call = *static_cast<Call*>(state);
 #if K25_HAS_DOT_BF16
-  done = call.use_pairs ? down<PairTile>(call, task) : down<FloatTile>(call, task);
-#else
-  done = down<FloatTile>(call, task);
+  if (call.many == kPairs) return note(call, down<PairTile>(call, static_cast<int64_t>(index)));
 #endif
-  if (!done) __atomic_store_n(&call.no_memory, 1, __ATOMIC_RELAXED);
+  note(call, down<FloatTile>(call, static_cast<int64_t>(index)));
 }
 
 bool take_memory(Call& call, Scratch& scratch) {
-  bool streamed = false, tiled = false;
+  bool wanted[kForms] = {};
   for (int64_t index = 0; index < call.groups.group_count; ++index) {
-    (is_streamed(call.groups.groups[index]) ? streamed : tiled) = true;
+    wanted[form_of(call, call.groups.groups[index])] = true;
   }
-  const bool words = streamed || (tiled && !call.use_pairs), pairs = tiled && call.use_pairs;
-  call.x_words_stride = padded(call.hidden, kWordChunk);
-  call.x_pairs_stride = padded(call.hidden, kGroupChunk);
-  const int64_t words_bytes = words ? 4 * padded(call.intermediate, kWordChunk) : 0;
-  const int64_t pairs_bytes = pairs ? 2 * padded(call.intermediate, kGroupChunk) : 0;
-  call.inner_bytes = padded(words_bytes > pairs_bytes ? words_bytes : pairs_bytes, 64);
-  const size_t tokens = static_cast<size_t>(call.tokens), pair_count = static_cast<size_t>(call.groups.pair_count);
-  const size_t inner_bytes = pair_count * static_cast<size_t>(call.inner_bytes);
-  call.x_words = nullptr;
-  call.x_pairs = nullptr;
-  if (words) call.x_words = static_cast<float*>(scratch.take(4 * tokens * static_cast<size_t>(call.x_words_stride)));
-  if (pairs) call.x_pairs = static_cast<uint16_t*>(scratch.take(2 * tokens * static_cast<size_t>(call.x_pairs_stride)));
+  for (Form form : {kWords, kPairs, kFixed}) {
+    if (!wanted[form]) continue;
+    call.forms[form] = static_cast<char*>(scratch.take(static_cast<size_t>(call.tokens * form_bytes(form, call.hidden))));
+    if (call.forms[form] == nullptr) return false;
+    const int64_t inner_bytes = padded(form_bytes(form, call.intermediate), 64);
+    if (inner_bytes > call.inner_bytes) call.inner_bytes = inner_bytes;
+  }
+  const size_t inner_bytes = static_cast<size_t>(call.groups.pair_count * call.inner_bytes);
   call.inner = static_cast<char*>(scratch.take(inner_bytes));
-  if ((words && call.x_words == nullptr) || (pairs && call.x_pairs == nullptr) || call.inner == nullptr) return false;
-  const bool fits = call.intermediate % kWordChunk == 0 && (!pairs || call.intermediate % kGroupChunk == 0);
+  if (call.inner == nullptr) return false;
+  const bool fits = call.intermediate % kWordChunk == 0 && (!wanted[kPairs] || call.intermediate % kGroupChunk == 0);
   if (!fits) memset(call.inner, 0, inner_bytes);  // the padding
   return true;
 }
@@ -359,17 +348,19 @@ k25_status moe_dispatch(const k25_tensor inputs[6], const k25_moe_dispatch_attri
   call.hidden = inputs[0].dims[1];
   call.intermediate = attributes->intermediate_size;
   call.words_per_group = attributes->group_size / 8;
-  call.use_pairs = K25_HAS_DOT_BF16 && options->mode == K25_FAST && attributes->group_size % 32 == 0;
+  const bool fast = options->mode == K25_FAST;
+  call.few = K25_HAS_VNNI && fast ? kFixed : kWords;
+  call.many = K25_HAS_DOT_BF16 && fast && attributes->group_size % 32 == 0 ? kPairs : kWords;
   const k25_status status = group_by_expert(inputs, *attributes, scratch, &call.groups, message);
   if (status != K25_OK) return status;
   if (!take_memory(call, scratch)) return fail(K25_FAILED, message, "k25.MoEDispatch: out of memory");
-  call.down_rows = call.groups.most_pairs <= kStreamTokens ? kRows : kMaxDownRows;
-  call.prepare_tasks = (call.tokens + kPrepareTokens - 1) / kPrepareTokens;
-  call.gate_blocks = (call.intermediate + kRows - 1) / kRows;
-  call.gate_tasks = call.gate_blocks * call.groups.group_count;
-  const int64_t down_tasks = (call.hidden + call.down_rows - 1) / call.down_rows;
-  run_in_order(options->parallel, run_task, &call,
-               static_cast<size_t>(call.prepare_tasks + call.gate_tasks + down_tasks));
+  call.gate_blocks = divided_up(call.intermediate, kRows);
+  const Phase phases[] = {
+      {prepare_task, static_cast<size_t>(divided_up(call.tokens, kPrepareTokens))},
+      {gate_task, static_cast<size_t>(call.gate_blocks * call.groups.group_count)},
+      {down_task, static_cast<size_t>(divided_up(call.hidden, kDownRows))},
+  };
+  run_phases(options->parallel, phases, &call);
   if (call.no_memory != 0) return fail(K25_FAILED, message, "k25.MoEDispatch: out of memory");
   return K25_OK;
 }

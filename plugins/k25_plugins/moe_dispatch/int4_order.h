@@ -18,8 +18,6 @@ namespace K25_ISA_NS {
 constexpr int kWordChunk = 8 * W;
 constexpr int kGroupChunk = 512;
 
-K25_INLINE int64_t padded(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk * chunk; }
-
 K25_INLINE int64_t word_order(int64_t element) {
   const int64_t chunk = element / kWordChunk, rest = element % kWordChunk;
   return chunk * kWordChunk + rest % 8 * W + rest / 8;

@@ -44,7 +44,7 @@ struct FloatTile {
       F32 scale;
       if (left >= W) {
         packed = load_i32(words + word);
-        scale = words_per_group == 4 ? word_scales_32(scales, word) : word_scales(scales, word, words_per_group, W);
+        scale = words_per_group == 4 ? word_scales_32(scales + word / 4) : word_scales(scales, word, words_per_group, W);
       } else {
         int32_t lanes[W] = {};
         memcpy(lanes, words + word, sizeof(int32_t) * static_cast<size_t>(left));

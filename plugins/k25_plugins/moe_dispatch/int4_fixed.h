@@ -1,0 +1,144 @@
+// Rows of packed INT4 times a few activations in whole numbers (paths with VNNI): half the instructions of float32.
+//
+// An activation is its block's scale times a whole number of 16 bits; a block is the eight elements that meet one word. The
+// largest of a block is 32639 = 127 * 256 + 127, so that a number is two signed bytes, 256 high + low. Products with nibbles
+// are summed exactly over a block, and float32 takes over: one conversion, the block's scale, the group's scale. What a
+// block rounds is at most 2^-16 of its largest element, less than bfloat16 (2^-9 of each) does.
+#ifndef K25_INT4_FIXED_H
+#define K25_INT4_FIXED_H
+
+#include "int4_stream.h"
+
+#if defined(__AVX512VNNI__)
+#define K25_HAS_VNNI 1
+#else
+#define K25_HAS_VNNI 0
+#endif
+
+#if K25_HAS_VNNI
+namespace k25 {
+namespace K25_ISA_NS {
+
+constexpr int kFixedChunk = 8 * W;  // elements
+constexpr float kFixedMost = 32639.0f;
+// Below it a block counts as zero: its scale would be no normal number.
+constexpr float kFixedLeast = 1e-30f;
+
+// Of W words: byte b of lane w belongs to element 2 b (even) or 2 b + 1 (odd) of word w.
+struct alignas(64) FixedChunk {
+  I32 high_even, high_odd, low_even, low_odd;
+  I32 offset;  // -8 times the sum of the block: nibbles are 8 too large
+  F32 scale;
+};
+
+K25_INLINE I32 bytes_of(I32 a, I32 b, I32 c, I32 d) {
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+
+// x[i], lane w: element i of block w. A block with an element that is not finite gets the scale NaN.
+K25_INLINE FixedChunk fixed_chunk(const F32 (&x)[8]) {
+  F32 most = zero(), nothing = zero();
+  for (int i = 0; i < 8; ++i) {
+    most = max((F32)((I32)x[i] & 0x7fffffff), most);
+    nothing = nothing + x[i] * 0.0f;
+  }
+  const F32 factor = most >= kFixedLeast ? kFixedMost / most : zero();
+  I32 number[8], high[8], total{};
+  for (int i = 0; i < 8; ++i) {
+    number[i] = (I32)_mm512_cvtps_epi32((__m512)(x[i] * factor));
+    high[i] = (number[i] + 128) >> 8;  // the low byte is signed
+    total += number[i];
+  }
+  FixedChunk chunk;
+  chunk.high_even = bytes_of(high[0], high[2], high[4], high[6]);
+  chunk.high_odd = bytes_of(high[1], high[3], high[5], high[7]);
+  chunk.low_even = bytes_of(number[0], number[2], number[4], number[6]);
+  chunk.low_odd = bytes_of(number[1], number[3], number[5], number[7]);
+  chunk.offset = total * -8;
+  chunk.scale = most / kFixedMost + nothing;
+  return chunk;
+}
+
+// `to` holds padded(size, kFixedChunk) / kFixedChunk chunks.
+static inline void to_fixed_order(const void* from, bool is_float, int64_t size, FixedChunk* to) {
+  alignas(64) float words[kWordChunk];
+  static_assert(kWordChunk == kFixedChunk, "the same words");
+  for (int64_t start = 0; start < size; start += kFixedChunk, ++to) {
+    const int64_t count = size - start < kFixedChunk ? size - start : kFixedChunk;
+    to_word_order(static_cast<const char*>(from) + start * (is_float ? 4 : 2), is_float, count, words);
+    F32 x[8];
+    for (int i = 0; i < 8; ++i) x[i] = load(words + i * W);
+    *to = fixed_chunk(x);
+  }
+}
+
+// Elements [first, first + W) of a row of chunks, two blocks; `first` is a multiple of W.
+static inline void write_fixed(F32 values, int64_t first, FixedChunk* to) {
+  F32 x[8];
+  for (int i = 0; i < 8; ++i) {
+    x[i] = (F32)_mm512_permutexvar_ps(_mm512_setr_epi32(i, 8 + i, i, i, i, i, i, i, i, i, i, i, i, i, i, i), (__m512)values);
+  }
+  const FixedChunk blocks = fixed_chunk(x);
+  char* chunk = reinterpret_cast<char*>(to + first / kFixedChunk) + first % kFixedChunk / 8 * sizeof(int32_t);
+  const char* lanes = reinterpret_cast<const char*>(&blocks);
+  for (size_t at = 0; at < sizeof blocks; at += sizeof(I32)) memcpy(chunk + at, lanes + at, 2 * sizeof(int32_t));
+}
+
+// Dot products of M activations with rows, as int4_rows.
+template <int M, int R, bool kGroups32>
+static void fixed_rows(PackedRows<R> rows, const FixedChunk* const* x, float* out) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int n = 0; n < rows.count; ++n, rows.next(), out += R * kStreamTokens) {
+    F32 total[R][M];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[r][m] = zero();
+    }
+    const auto chunk = [&](int64_t index, int r, __m512i packed, F32 scale) __attribute__((always_inline)) {
+      const __m512i even = _mm512_and_si512(packed, nibble);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const FixedChunk& at = x[m][index];
+        __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, (__m512i)at.high_even);
+        high = _mm512_dpbusd_epi32(high, odd, (__m512i)at.high_odd);
+        __m512i low = _mm512_dpbusd_epi32((__m512i)at.offset, even, (__m512i)at.low_even);
+        low = _mm512_dpbusd_epi32(low, odd, (__m512i)at.low_odd);
+        const F32 sum = (F32)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+        total[r][m] = fma(sum * at.scale, scale, total[r][m]);
+      }
+    };
+    const int64_t whole = rows.row_words / W * W;
+    for (int64_t word = 0; word < whole; word += W) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        chunk(word / W, r, _mm512_loadu_si512(rows.words[r] + word), rows.template scales_at<kGroups32>(r, word));
+      }
+    }
+    if (whole < rows.row_words) {
+      const int count = static_cast<int>(rows.row_words - whole);
+      const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        chunk(whole / W, r, _mm512_maskz_loadu_epi32(there, rows.words[r] + whole),
+              word_scales(rows.scales[r], whole, rows.words_per_group, count));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
+    }
+  }
+}
+
+template <int R>
+K25_INLINE void fixed_rows_of(int tokens, const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
+  K25_FOR_TOKENS_AND_GROUPS(fixed_rows, R, tokens, rows.words_per_group == 4, rows, x, out)
+}
+
+}  // namespace K25_ISA_NS
+}  // namespace k25
+#endif
+#endif
