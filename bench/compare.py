@@ -31,10 +31,11 @@ import numpy as np
 
 from k25_export.manifest import read_manifest
 from k25_plugins.native_library import native_library
-from k25_runtime.bench_bandwidth import ReadBandwidth, usable_cores
+from k25_runtime.bench_bandwidth import ReadBandwidth
 from k25_runtime.bench_bytes import model_bytes
 from k25_runtime.bench_picture import Bar, Chart, picture_of_charts
 from k25_runtime.bench_report import machine_facts
+from k25_runtime.cores import usable_cores
 from k25_runtime.mapped_checkpoint import checkpoint_folder
 
 PEERS = Path(__file__).parent / "peers"

@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "k25.h"
+#include "workers.h"
 
 namespace k25 {
 namespace {
@@ -30,6 +31,7 @@ union Attributes {
 struct Kernel {
   const struct Operator* op;
   k25_mode mode;
+  int32_t threads;
   Attributes attributes;
   float* inv_freq;
 };
@@ -192,6 +194,18 @@ void run_on_session_threads(void* context, k25_task task, void* state, size_t co
   }
 }
 
+struct Workers {
+  int32_t threads;
+  OrtKernelContext* context;
+};
+
+void run_on_own_threads(void* context, k25_task task, void* state, size_t count) {
+  const Workers& workers = *static_cast<const Workers*>(context);
+  if (!run_on_workers(workers.threads, task, state, count)) {
+    run_on_session_threads(workers.context, task, state, count);
+  }
+}
+
 // The tensors of a call: shapes of the outputs from those of the inputs, their memory from the session.
 OrtStatus* read_call(OrtKernelContext* context, const Kernel& kernel, k25_tensor* inputs, k25_tensor* outputs,
                      k25_message message) {
@@ -222,8 +236,10 @@ OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   const k25_message message{text, sizeof text};
   k25_tensor inputs[kMaxInputs], outputs[kMaxOutputs];
   if (OrtStatus* status = read_call(context, kernel, inputs, outputs, message)) return status;
-  const k25_parallel parallel{run_on_session_threads, context};
-  const k25_cpu_options options{kernel.mode, K25_ISA_BEST, &parallel};
+  Workers workers{kernel.threads, context};
+  const k25_parallel of_session{run_on_session_threads, context}, own{run_on_own_threads, &workers};
+  const k25_cpu_options options{kernel.mode, K25_ISA_BEST,
+                                kernel.threads == 0 ? &of_session : kernel.threads > 1 ? &own : nullptr};
   const k25_status done = kernel.op->functions->compute(inputs, kernel, outputs, &options, message);
   return done == K25_OK ? nullptr : status_of(done, text);
 }
@@ -276,6 +292,7 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* inf
   if (kernel == nullptr) return status_of(K25_FAILED, "k25: out of memory");
   kernel->op = static_cast<const Operator*>(op);
   kernel->mode = k25_session_mode();
+  kernel->threads = k25_session_threads();
   if (OrtStatus* status = kernel->op->functions->read(info, *kernel)) {
     destroy(kernel);
     return status;

@@ -16,8 +16,8 @@ namespace K25_ISA_NS {
 constexpr int kSplitChunk = 2 * W;
 // The most activations that a row is multiplied with while it streams by.
 constexpr int kStreamTokens = 4;
-// How far ahead lines are asked for.
-constexpr int kStreamAhead = 4096;
+// How far ahead lines are asked for. Measured on one core, rows of 2 KB of a mapped file: 2 KB ahead 29 GB/s, 4 KB 31, 8 KB 35.
+constexpr int kStreamAhead = 8192;
 
 static inline void to_split_order(const void* from, bool is_float, int64_t size, float* to) {
   const float* floats = static_cast<const float*>(from);
@@ -52,9 +52,64 @@ K25_INLINE void load_tail(const uint16_t* from, int64_t count, F32* even, F32* o
   load_bf16_split(lanes, even, odd);
 }
 
-// Dot products of M activations in split order with one row of `in` weights.
-template <int M>
-static inline void stream_row(const uint16_t* row, int64_t in, const float* const* x, float* out) {
+// A row's weights, 2 W at a time, as load_bf16_split has them.
+template <bool kAcrossLines>
+struct RowReader {
+  const uint16_t* at;
+  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) : at(row) {}
+  __attribute__((always_inline)) void next(F32* even, F32* odd) {
+    load_bf16_split(at, even, odd);
+    prefetch(reinterpret_cast<const char*>(at) + kStreamAhead);
+    at += kSplitChunk;
+  }
+  __attribute__((always_inline)) void last(F32* even, F32* odd) { load_bf16_split(at, even, odd); }
+};
+
+#if defined(__AVX512BW__)
+// The same where every vector lies across two cache lines, as in most shards, whose tensors begin where their header ends.
+// Whole lines are read and joined; loads across lines reach three quarters of the bandwidth. Of the first and the last line
+// only the row's own part is read.
+template <>
+struct RowReader<true> {
+  const char* line;
+  __m512i joined, before;
+  __mmask32 of_last;
+  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(row), within = address % 64;
+    line = reinterpret_cast<const char*>(address - within);
+    const uint16_t first = static_cast<uint16_t>(within / 2);
+    alignas(64) static const uint16_t kLanes[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    joined = _mm512_add_epi16(_mm512_load_si512(kLanes), _mm512_set1_epi16(static_cast<int16_t>(first)));
+    of_last = (1u << first) - 1;
+    before = _mm512_maskz_loadu_epi16(~of_last, line);
+  }
+  __attribute__((always_inline)) void split(__m512i after, F32* even, F32* odd) {
+    const U32 pairs = (U32)_mm512_permutex2var_epi16(before, joined, after);
+    *even = (F32)(pairs << 16);
+    *odd = (F32)(pairs & 0xffff0000u);
+    before = after;
+  }
+  __attribute__((always_inline)) void next(F32* even, F32* odd) {
+    line += 64;
+    prefetch(line + kStreamAhead);
+    split(_mm512_load_si512(line), even, odd);
+  }
+  __attribute__((always_inline)) void last(F32* even, F32* odd) {
+    split(_mm512_maskz_loadu_epi16(of_last, line + 64), even, odd);
+  }
+};
+// Short rows do not repay the start.
+K25_INLINE bool is_across_lines(const uint16_t* row, int64_t in) {
+  const uintptr_t within = reinterpret_cast<uintptr_t>(row) % 64;
+  return within != 0 && within % 2 == 0 && in >= 16 * kSplitChunk;
+}
+#else
+K25_INLINE bool is_across_lines(const uint16_t*, int64_t) { return false; }
+#endif
+
+template <int M, bool kAcrossLines>
+K25_INLINE void stream_row_from(const uint16_t* row, int64_t in, const float* const* x, float* out) {
   constexpr int kChains = W == 16 ? 4 : 2;  // chunks that are summed apart, since a sum takes longer than a chunk
   F32 total[kChains][M];
   for (int chain = 0; chain < kChains; ++chain) {
@@ -66,32 +121,38 @@ static inline void stream_row(const uint16_t* row, int64_t in, const float* cons
       total[chain][m] = fma(odd, load(x[m] + column + W), total[chain][m]);
     }
   };
-  const int64_t whole = in / kSplitChunk * kSplitChunk;
+  RowReader<kAcrossLines> reader(row);
+  F32 even, odd;
   int64_t column = 0;
-  for (; column + kChains * kSplitChunk <= whole; column += kChains * kSplitChunk) {
+  int64_t left = in / kSplitChunk;
+  for (; left > kChains; left -= kChains) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      const uint16_t* at = row + column + chain * kSplitChunk;
-      F32 even, odd;
-      load_bf16_split(at, &even, &odd);
-      prefetch(reinterpret_cast<const char*>(at) + kStreamAhead);
-      add(chain, column + chain * kSplitChunk, even, odd);
+    for (int chain = 0; chain < kChains; ++chain, column += kSplitChunk) {
+      reader.next(&even, &odd);
+      add(chain, column, even, odd);
     }
   }
-  for (; column < whole; column += kSplitChunk) {
-    F32 even, odd;
-    load_bf16_split(row + column, &even, &odd);
-    add(0, column, even, odd);
+#pragma GCC unroll 4
+  for (int chain = 0; chain < kChains; ++chain) {
+    if (chain >= left) break;
+    chain + 1 < left ? reader.next(&even, &odd) : reader.last(&even, &odd);
+    add(chain, column, even, odd);
+    column += kSplitChunk;
   }
-  if (whole < in) {
-    F32 even, odd;
-    load_tail(row + whole, in - whole, &even, &odd);
-    add(0, whole, even, odd);
+  if (column < in) {
+    load_tail(row + column, in - column, &even, &odd);
+    add(0, column, even, odd);
   }
   for (int m = 0; m < M; ++m) {
     for (int chain = 1; chain < kChains; ++chain) total[0][m] = total[0][m] + total[chain][m];
     out[m] = sum(total[0][m]);
   }
+}
+
+// Dot products of M activations in split order with one row of `in` weights.
+template <int M>
+static inline void stream_row(const uint16_t* row, int64_t in, const float* const* x, float* out) {
+  is_across_lines(row, in) ? stream_row_from<M, true>(row, in, x, out) : stream_row_from<M, false>(row, in, x, out);
 }
 
 K25_INLINE void stream_row_of(int tokens, const uint16_t* row, int64_t in, const float* const* x, float* out) {

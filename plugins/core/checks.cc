@@ -83,13 +83,14 @@ k25_status check_dtype(const Signature& op, const TensorSpec& spec, int32_t foun
 k25_status check_rank(const Signature& op, const TensorSpec& spec, const k25_tensor& tensor, k25_message message) {
   const bool fits = spec.leading ? tensor.rank >= spec.axis_count : tensor.rank == spec.axis_count;
   char found[256];
-  shape_text(tensor, found);
   if (!fits || tensor.rank > K25_MAX_RANK) {
+    shape_text(tensor, found);
     return fail(K25_INVALID, message, "k25.%s: input %s: expected axes [%s], found shape %s", op.name, spec.name,
                 spec.axes_text, found);
   }
   for (int32_t axis = 0; axis < tensor.rank; ++axis) {
     if (tensor.dims[axis] < 1) {
+      shape_text(tensor, found);
       return fail(K25_INVALID, message, "k25.%s: input %s: expected no empty axis, found %s", op.name, spec.name,
                   found);
     }

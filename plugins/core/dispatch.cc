@@ -132,6 +132,7 @@ k25_status check_data(const Signature& op, const k25_tensor* inputs, const k25_t
 }
 
 thread_local k25_mode session_mode = K25_FAST;
+thread_local int32_t session_threads = 0;
 
 }  // namespace
 }  // namespace k25
@@ -150,6 +151,9 @@ k25_isa k25_isa_best(void) { return best(); }
 
 void k25_set_session_mode(k25_mode mode) { session_mode = mode; }
 k25_mode k25_session_mode(void) { return session_mode; }
+
+void k25_set_session_threads(int32_t threads) { session_threads = threads < 0 ? 0 : threads; }
+int32_t k25_session_threads(void) { return session_threads; }
 
 k25_status k25_mla_cpu(const k25_tensor inputs[7], const k25_mla_attributes* attributes, const k25_tensor outputs[2],
                        const k25_cpu_options* options, k25_message message) {

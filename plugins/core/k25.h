@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a struct or a function below does. */
-#define K25_ABI_VERSION 1
+#define K25_ABI_VERSION 2
 
 /* Element types, as numbered by ONNX (TensorProto.DataType). */
 enum { K25_FLOAT32 = 1, K25_INT32 = 6, K25_INT64 = 7, K25_BFLOAT16 = 16 };
@@ -108,6 +108,13 @@ K25_API k25_isa k25_isa_best(void);
 /* The mode of ONNX Runtime sessions that this thread creates from now on (kernels read it when they are created). */
 K25_API void k25_set_session_mode(k25_mode mode);
 K25_API k25_mode k25_session_mode(void);
+
+/* The threads of ONNX Runtime sessions that this thread creates from now on. 0, the default: those of the session. Else so
+ * many, the calling one among them: the others are this library's own, one set for all sessions, and stay awake for some
+ * 60 us after a call, so that the operators of a step need not wake them. A session that finds them at work for another
+ * takes its own threads. */
+K25_API void k25_set_session_threads(int32_t threads);
+K25_API int32_t k25_session_threads(void);
 
 /* Bytes a second of reading `bytes` of memory (whole MB, at least one) once with `threads` threads of its own: the mark for
  * kernels that are bound by memory. 0 where an argument is out of range. Take the best of several calls. */

@@ -12,7 +12,7 @@ namespace {
 // More lanes than the memory of a machine can feed; one that comes when all is done returns at once.
 constexpr size_t kMaxLanes = 64;
 constexpr size_t kMaxPhases = 4;
-// After this many looks the thread that is waited for may have lost its core: give ours up.
+// Looks before the core is given up.
 constexpr int kSpins = 2000;
 
 // Tasks [begin, end) that nobody has begun, in one word, so that its owner and thieves agree on it: begin in the upper half.
@@ -30,7 +30,8 @@ struct Region {
   const Phase* phases;
   size_t phase_count;
   void* state;
-  alignas(64) size_t lanes;                 // that have come
+  alignas(64) size_t arrived;                // lanes
+  uint64_t live;                             // a bit for each lane whose ranges may be looked at
   alignas(64) size_t finished[kMaxPhases];  // tasks
   Range ranges[kMaxPhases][kMaxLanes];
 };
@@ -52,35 +53,25 @@ bool take_first(Range& range, size_t* index) {
   return false;
 }
 
-// The upper half of the largest range of the others, as `lane`'s own, which is empty. False where nothing is left to take.
-bool take_half(Range* ranges, size_t lane, size_t lanes) {
+// The upper half of the largest range of the others, as `own`, which is empty. False where nothing is left to take.
+bool take_half(Range* ranges, uint64_t live, Range& own) {
   for (;;) {
-    size_t victim = lanes;
+    Range* victim = nullptr;
     uint64_t most = 0, seen = 0;
-    for (size_t other = 0; other < lanes; ++other) {
-      const uint64_t span = load(ranges[other]);
+    for (uint64_t rest = live; rest != 0; rest &= rest - 1) {
+      Range& other = ranges[__builtin_ctzll(rest)];
+      const uint64_t span = load(other);
       if (left_in(span) <= most) continue;
       most = left_in(span);
       seen = span;
-      victim = other;
+      victim = &other;
     }
-    if (victim == lanes) return false;
+    if (victim == nullptr) return false;
     const uint64_t middle = begin_of(seen) + most / 2;
-    if (!replace(ranges[victim], seen, span_of(begin_of(seen), middle))) continue;
-    __atomic_store_n(&ranges[lane].span, span_of(middle, end_of(seen)), __ATOMIC_RELEASE);
+    if (!replace(*victim, seen, span_of(begin_of(seen), middle))) continue;
+    __atomic_store_n(&own.span, span_of(middle, end_of(seen)), __ATOMIC_RELEASE);
     return true;
   }
-}
-
-void pause(int* spins) {
-#if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-  if (++*spins < kSpins) return;
-  *spins = 0;
-  sched_yield();
 }
 
 // Returns when every task of the phase is finished.
@@ -92,13 +83,23 @@ void run_phase(Region& region, size_t phase, size_t lane) {
     size_t done = 0;
     for (size_t index; take_first(ranges[lane], &index); ++done) wanted.task(region.state, index);
     if (done > 0) __atomic_fetch_add(finished, done, __ATOMIC_RELEASE);
-    if (!take_half(ranges, lane, __atomic_load_n(&region.lanes, __ATOMIC_ACQUIRE))) pause(&spins);
+    if (!take_half(ranges, __atomic_load_n(&region.live, __ATOMIC_ACQUIRE), ranges[lane])) wait_a_little(&spins);
   }
+}
+
+bool is_finished(const Region& region) {
+  const size_t last = region.phase_count - 1;
+  return __atomic_load_n(&region.finished[last], __ATOMIC_ACQUIRE) == region.phases[last].count;
 }
 
 void run_lane(void* state, size_t) {
   Region& region = *static_cast<Region*>(state);
-  const size_t lane = __atomic_fetch_add(&region.lanes, 1, __ATOMIC_ACQ_REL);
+  if (is_finished(region)) return;
+  const size_t lane = __atomic_fetch_add(&region.arrived, 1, __ATOMIC_RELAXED);
+  if (lane > 0) {  // the first has every task
+    for (size_t phase = 0; phase < region.phase_count; ++phase) region.ranges[phase][lane].span = 0;
+    __atomic_fetch_or(&region.live, uint64_t{1} << lane, __ATOMIC_ACQ_REL);
+  }
   for (size_t phase = 0; phase < region.phase_count; ++phase) run_phase(region, phase, lane);
 }
 
@@ -110,22 +111,37 @@ void run_here(const Phase* phases, size_t phase_count, void* state) {
 
 }  // namespace
 
+void cpu_pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+void wait_a_little(int* spins) {
+  cpu_pause();
+  if (++*spins < kSpins) return;
+  *spins = 0;
+  sched_yield();
+}
+
 void run_phases(const k25_parallel* parallel, const Phase* phases, size_t phase_count, void* state) {
   size_t most = 0;
   for (size_t phase = 0; phase < phase_count; ++phase) most = phases[phase].count > most ? phases[phase].count : most;
+  while (phase_count > 0 && phases[phase_count - 1].count == 0) --phase_count;
   if (parallel == nullptr || parallel->run == nullptr || most <= 1) return run_here(phases, phase_count, state);
-  Region region;
+  Region region;  // lanes write what they need of the rest
   region.phases = phases;
   region.phase_count = phase_count;
   region.state = state;
-  region.lanes = 0;
-  const size_t lanes = most < kMaxLanes ? most : kMaxLanes;
+  region.arrived = 0;
+  region.live = 1;
   for (size_t phase = 0; phase < phase_count; ++phase) {
     region.finished[phase] = 0;
     region.ranges[phase][0].span = span_of(0, phases[phase].count);
-    for (size_t lane = 1; lane < lanes; ++lane) region.ranges[phase][lane].span = 0;
   }
-  parallel->run(parallel->context, run_lane, &region, lanes);
+  parallel->run(parallel->context, run_lane, &region, most < kMaxLanes ? most : kMaxLanes);
 }
 
 }  // namespace k25

@@ -13,6 +13,10 @@
 
 namespace k25 {
 
+// For loops that wait for another thread: it may be done soon, or have lost its core, to which ours then goes.
+void cpu_pause();
+void wait_a_little(int* spins);
+
 // task(state, 0) ... task(state, count - 1); fewer than 2^32.
 struct Phase {
   k25_task task;

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from k25_plugins.errors import InputError
 
 #: K25_ABI_VERSION of the header that this file was written for.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 #: `off` runs the function bodies even where the library is there; `on` (the default) or a path of a library.
 NATIVE_VARIABLE = "K25_NATIVE"
@@ -114,6 +114,13 @@ class NativeLibrary:
     def set_session_mode(self, mode: Mode) -> None:
         """The mode of the ONNX Runtime sessions that this thread makes from now on."""
         self.handle.k25_set_session_mode(MODES.index(mode))
+
+    def set_session_threads(self, threads: int) -> None:
+        """The threads of the ONNX Runtime sessions that this thread makes from now on: 0 for those of the session.
+
+        Others are the library's own, the same for all sessions, and stay awake for a moment between operators.
+        """
+        self.handle.k25_set_session_threads(threads)
 
 
 def load_library(path: Path) -> NativeLibrary:

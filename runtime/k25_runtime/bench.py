@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from k25_plugins.errors import InputError
 from k25_plugins.native_library import Mode, native_library
-from k25_runtime.bench_bandwidth import PROBE_BYTES, ReadBandwidth, usable_cores
+from k25_runtime.bench_bandwidth import PROBE_BYTES, ReadBandwidth
 from k25_runtime.bench_bytes import model_bytes
 from k25_runtime.bench_load import LoadCost, load_cost
 from k25_runtime.bench_report import BenchReport, Spread, machine_facts
+from k25_runtime.cores import usable_cores
 from k25_runtime.empty_component import EmptyComponents
 from k25_runtime.onnxruntime_cpu import OnnxRuntimeCpu
 from k25_runtime.runtime import Runtime

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import time
 from typing import Any
@@ -12,14 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from k25_plugins.native_library import NativeLibrary
+from k25_runtime.cores import usable_cores
 
 #: Far past any cache.
 PROBE_BYTES = 2**29
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ReadBandwidth:

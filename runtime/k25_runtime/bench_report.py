@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from k25_plugins.version import __version__
-from k25_runtime.bench_bandwidth import usable_cores
 from k25_runtime.bench_bytes import StepBytes
+from k25_runtime.cores import usable_cores
 
 FORMAT = "k25-bench"
 SCHEMA_VERSION = 1

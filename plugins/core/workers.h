@@ -1,0 +1,17 @@
+// Threads of the library's own, for those who ask for them (k25_set_session_threads).
+#ifndef K25_WORKERS_H
+#define K25_WORKERS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "k25.h"
+
+namespace k25 {
+
+// Runs all tasks on the calling thread and up to `threads` - 1 others, which are started when they are first wanted and
+// stay awake for a moment afterwards. False, and nothing done, where another thread is being served.
+bool run_on_workers(int32_t threads, k25_task task, void* state, size_t count);
+
+}  // namespace k25
+#endif
