@@ -56,6 +56,7 @@ def session(library: NativeLibrary, node: onnx.NodeProto, types: list[int], thre
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(library.path))
     library.set_session_mode(mode)
+    library.set_session_threads(threads)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -8,7 +8,7 @@
 #ifndef K25_BF16_STREAM_H
 #define K25_BF16_STREAM_H
 
-#include "simd.h"
+#include "lines.h"
 
 namespace k25 {
 namespace K25_ISA_NS {
@@ -52,7 +52,7 @@ K25_INLINE void load_tail(const uint16_t* from, int64_t count, F32* even, F32* o
   load_bf16_split(lanes, even, odd);
 }
 
-// A row's weights, 2 W at a time, as load_bf16_split has them.
+// A row's weights, 2 W at a time, as load_bf16_split has them; kAcrossLines: lines.h.
 template <bool kAcrossLines>
 struct RowReader {
   const uint16_t* at;
@@ -65,47 +65,21 @@ struct RowReader {
   __attribute__((always_inline)) void last(F32* even, F32* odd) { load_bf16_split(at, even, odd); }
 };
 
-#if defined(__AVX512BW__)
-// The same where every vector lies across two cache lines, as in most shards, whose tensors begin where their header ends.
-// Whole lines are read and joined; loads across lines reach three quarters of the bandwidth. Of the first and the last line
-// only the row's own part is read.
+#if K25_HAS_LINES
 template <>
 struct RowReader<true> {
-  const char* line;
-  __m512i joined, before;
-  __mmask32 of_last;
-  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(row), within = address % 64;
-    line = reinterpret_cast<const char*>(address - within);
-    const uint16_t first = static_cast<uint16_t>(within / 2);
-    alignas(64) static const uint16_t kLanes[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    joined = _mm512_add_epi16(_mm512_load_si512(kLanes), _mm512_set1_epi16(static_cast<int16_t>(first)));
-    of_last = (1u << first) - 1;
-    before = _mm512_maskz_loadu_epi16(~of_last, line);
-  }
-  __attribute__((always_inline)) void split(__m512i after, F32* even, F32* odd) {
-    const U32 pairs = (U32)_mm512_permutex2var_epi16(before, joined, after);
-    *even = (F32)(pairs << 16);
-    *odd = (F32)(pairs & 0xffff0000u);
-    before = after;
-  }
+  LineReader lines;
+  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) { lines.start(row); }
   __attribute__((always_inline)) void next(F32* even, F32* odd) {
-    line += 64;
-    prefetch(line + kStreamAhead);
-    split(_mm512_load_si512(line), even, odd);
+    prefetch(lines.line + kStreamAhead);
+    split(lines.next(), even, odd);
   }
-  __attribute__((always_inline)) void last(F32* even, F32* odd) {
-    split(_mm512_maskz_loadu_epi16(of_last, line + 64), even, odd);
+  __attribute__((always_inline)) void last(F32* even, F32* odd) { split(lines.last(), even, odd); }
+  static __attribute__((always_inline)) void split(__m512i weights, F32* even, F32* odd) {
+    *even = (F32)((U32)weights << 16);
+    *odd = (F32)((U32)weights & 0xffff0000u);
   }
 };
-// Short rows do not repay the start.
-K25_INLINE bool is_across_lines(const uint16_t* row, int64_t in) {
-  const uintptr_t within = reinterpret_cast<uintptr_t>(row) % 64;
-  return within != 0 && within % 2 == 0 && in >= 16 * kSplitChunk;
-}
-#else
-K25_INLINE bool is_across_lines(const uint16_t*, int64_t) { return false; }
 #endif
 
 template <int M, bool kAcrossLines>
@@ -152,7 +126,10 @@ K25_INLINE void stream_row_from(const uint16_t* row, int64_t in, const float* co
 // Dot products of M activations in split order with one row of `in` weights.
 template <int M>
 static inline void stream_row(const uint16_t* row, int64_t in, const float* const* x, float* out) {
-  is_across_lines(row, in) ? stream_row_from<M, true>(row, in, x, out) : stream_row_from<M, false>(row, in, x, out);
+#if K25_HAS_LINES
+  if (is_across_lines(row, in / kSplitChunk)) return stream_row_from<M, true>(row, in, x, out);
+#endif
+  stream_row_from<M, false>(row, in, x, out);
 }
 
 K25_INLINE void stream_row_of(int tokens, const uint16_t* row, int64_t in, const float* const* x, float* out) {

@@ -8,6 +8,7 @@
 #define K25_INT4_FIXED_H
 
 #include "int4_stream.h"
+#include "lines.h"
 
 #if defined(__AVX512VNNI__)
 #define K25_HAS_VNNI 1
@@ -84,51 +85,81 @@ static inline void write_fixed(F32 values, int64_t first, FixedChunk* to) {
   for (size_t at = 0; at < sizeof blocks; at += sizeof(I32)) memcpy(chunk + at, lanes + at, 2 * sizeof(int32_t));
 }
 
+// The words of a row, W at a time.
+template <bool kAcrossLines>
+struct WordReader {
+  const int32_t* at;
+  __attribute__((always_inline)) void start(const int32_t* row) { at = row; }
+  __attribute__((always_inline)) __m512i next() {
+    at += W;
+    return _mm512_loadu_si512(at - W);
+  }
+  __attribute__((always_inline)) __m512i last() { return _mm512_loadu_si512(at); }
+};
+template <>
+struct WordReader<true> : LineReader {};
+
+template <int M, int R, bool kGroups32, bool kAcrossLines>
+K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  F32 total[R][M];
+  WordReader<kAcrossLines> reader[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    reader[r].start(rows.words[r]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) total[r][m] = zero();
+  }
+  const auto add = [&](int64_t index, int r, __m512i packed, F32 scale) __attribute__((always_inline)) {
+    const __m512i even = _mm512_and_si512(packed, nibble);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const FixedChunk& at = x[m][index];
+      __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, (__m512i)at.high_even);
+      high = _mm512_dpbusd_epi32(high, odd, (__m512i)at.high_odd);
+      __m512i low = _mm512_dpbusd_epi32((__m512i)at.offset, even, (__m512i)at.low_even);
+      low = _mm512_dpbusd_epi32(low, odd, (__m512i)at.low_odd);
+      const F32 sum = (F32)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+      total[r][m] = fma(sum * at.scale, scale, total[r][m]);
+    }
+  };
+  const int64_t whole = rows.row_words / W * W;
+  int64_t word = 0;
+  for (; word + W < whole; word += W) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) add(word / W, r, reader[r].next(), rows.template scales_at<kGroups32>(r, word));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R && word < whole; ++r) {
+    add(word / W, r, reader[r].last(), rows.template scales_at<kGroups32>(r, word));
+  }
+  if (whole < rows.row_words) {
+    const int count = static_cast<int>(rows.row_words - whole);
+    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      add(whole / W, r, _mm512_maskz_loadu_epi32(there, rows.words[r] + whole),
+          word_scales(rows.scales[r], whole, rows.words_per_group, count));
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
+  }
+}
+
 // Dot products of M activations with rows, as int4_rows.
 template <int M, int R, bool kGroups32>
 static void fixed_rows(PackedRows<R> rows, const FixedChunk* const* x, float* out) {
-  const __m512i nibble = _mm512_set1_epi8(15);
   for (int n = 0; n < rows.count; ++n, rows.next(), out += R * kStreamTokens) {
-    F32 total[R][M];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[r][m] = zero();
-    }
-    const auto chunk = [&](int64_t index, int r, __m512i packed, F32 scale) __attribute__((always_inline)) {
-      const __m512i even = _mm512_and_si512(packed, nibble);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const FixedChunk& at = x[m][index];
-        __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, (__m512i)at.high_even);
-        high = _mm512_dpbusd_epi32(high, odd, (__m512i)at.high_odd);
-        __m512i low = _mm512_dpbusd_epi32((__m512i)at.offset, even, (__m512i)at.low_even);
-        low = _mm512_dpbusd_epi32(low, odd, (__m512i)at.low_odd);
-        const F32 sum = (F32)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-        total[r][m] = fma(sum * at.scale, scale, total[r][m]);
-      }
-    };
-    const int64_t whole = rows.row_words / W * W;
-    for (int64_t word = 0; word < whole; word += W) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        chunk(word / W, r, _mm512_loadu_si512(rows.words[r] + word), rows.template scales_at<kGroups32>(r, word));
-      }
-    }
-    if (whole < rows.row_words) {
-      const int count = static_cast<int>(rows.row_words - whole);
-      const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        chunk(whole / W, r, _mm512_maskz_loadu_epi32(there, rows.words[r] + whole),
-              word_scales(rows.scales[r], whole, rows.words_per_group, count));
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
+    bool across = kGroups32;  // other groups are rare: one way for them
+    for (int r = 0; r < R; ++r) across = across && is_across_lines(rows.words[r], rows.row_words / W);
+    if (across) {
+      fixed_row<M, R, kGroups32, kGroups32>(rows, x, out);
+    } else {
+      fixed_row<M, R, kGroups32, false>(rows, x, out);
     }
   }
 }
