@@ -170,11 +170,11 @@ def test_nodes_of_our_domain_are_counted_and_marked(exported: ExportedFiles, com
     model = model_of(exported, component, precision)
     ours = [node for node in model.graph.node if node.domain]
     assert {node.domain for node in ours} <= {"k25"}
-    # Linear: q_a, q_b, kv_a, o and three of the (shared) MLP; kv_b is MLA's own. The router is plain ONNX.
+    # Linear: q_a, q_b, kv_a, o and three of the (shared) MLP; kv_b is MLA's own. The rest of the router is plain ONNX.
     expected = {
         "embed": {},
         "dense_layer": {"MLA": 1, "Linear": 7},
-        "moe_layer": {"MLA": 1, "MoEDispatch": 1, "Linear": 7},
+        "moe_layer": {"MLA": 1, "MoEDispatch": 1, "Linear": 8},
         "head": {"Linear": 1},
     }[component]
     assert Counter(node.op_type for node in ours) == expected
@@ -289,8 +289,10 @@ def test_the_router_is_float32(exported: ExportedFiles, precision: str) -> None:
     scores = next(made[name] for name in biased.input if name in made)
     assert scores.op_type == "Sigmoid"
     product = made[scores.input[0]]
-    assert product.op_type == "MatMul"
-    assert {types[name] for name in (*product.input, *scores.output, *biased.output)} == {onnx.TensorProto.FLOAT}
+    assert product.op_type == "Linear"
+    assert product.input[1] == "mlp.gate.weight"
+    x = product.input[0]
+    assert {types[name] for name in (x, *scores.output, *biased.output)} == {onnx.TensorProto.FLOAT}
 
 
 def frequencies(text: Mapping[str, Any]) -> Array:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_calls import LIBRARY_OR_NONE, OK, PATHS, REASON, bfloat16_values, call, named, values_of
+from native_calls import LIBRARY_OR_NONE, OK, PATHS, REASON, Named, bfloat16_values, call, named, values_of
 
 from k25_plugins.native_library import Isa, Mode
 
@@ -54,7 +54,10 @@ def error(found: Array, wanted: Array) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("out", "columns", "tokens"),
-    [(1, 1, 1), (5, 3, 2), (50, 96, 7), (33, 31, 5), (64, 2048, 9), (70, 2080, 66), (31, 100, 130), (300, 1023, 3)],
+    [
+        *((1, 1, 1), (5, 3, 2), (50, 96, 7), (33, 31, 5), (64, 2048, 9), (31, 100, 130), (300, 1023, 3)),
+        *((385, 33, 5), (450, 96, 7), (401, 31, 130), (390, 2080, 66)),
+    ],
 )
 def test_values(isa: Isa, mode: Mode, dtype: str, out: int, columns: int, tokens: int) -> None:
     x, weight = random_pair(out, columns, tokens)
@@ -91,7 +94,7 @@ def test_nothing_beyond_a_row_is_read(isa: Isa, mode: Mode, tokens: int) -> None
 @each_mode
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_a_token_that_is_not_finite_reaches_no_other(isa: Isa, mode: Mode, tokens: int) -> None:
-    x, weight = random_pair(50, 70, tokens)
+    x, weight = random_pair(410, 70, tokens)
     x[1] = np.nan
     found, wanted = linear(x, weight, isa=isa, mode=mode)
     others = np.arange(tokens) != 1
@@ -103,15 +106,44 @@ def test_a_token_that_is_not_finite_reaches_no_other(isa: Isa, mode: Mode, token
 @each_mode
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, tokens: int) -> None:
-    x, weight = random_pair(333, 130, tokens)
+    x, weight = random_pair(533, 130, tokens)
     one, _ = linear(x, weight, isa=isa, mode=mode)
     for threads in (2, 5):
         assert np.array_equal(linear(x, weight, isa=isa, mode=mode, threads=threads)[0], one)
 
 
+@each_isa
+def test_a_narrow_matrix_is_exact_in_any_mode(isa: Isa) -> None:
+    """A router chooses by small differences."""
+    x, weight = random_pair(384, 200, 50)
+    assert error(*linear(x, weight, isa=isa, mode="fast")) < EXACT
+
+
+@each_isa
+@each_mode
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("columns", [64, 520, 1024])
+def test_where_the_weight_begins_changes_no_bit(isa: Isa, mode: Mode, tokens: int, columns: int) -> None:
+    """Tensors of a shard begin where its header ends: anywhere in a cache line."""
+    x, weight = random_pair(40, columns, tokens)
+    bits = named(weight, "bfloat16").array
+    room = np.full(bits.size + 64, 0x7FC0, np.uint16)  # NaN, should anything beside the weight be used
+    line = -room.ctypes.data // 2 % 32
+    found = []
+    for shift in (0, 1, 4, 16, 20, 31):
+        room[:] = 0x7FC0
+        moved = room[line + shift :][: bits.size].reshape(bits.shape)
+        moved[:] = bits
+        y = named(np.zeros((tokens, len(bits)), np.float32), "float32")
+        assert call("linear", [named(x, "float32"), Named(moved, "bfloat16")], [y], isa=isa, mode=mode)[0] == OK
+        found.append(y.array)
+    assert all(np.array_equal(y, found[0]) for y in found)
+    assert error(found[0], x.astype(np.float64) @ bfloat16_values(bits).astype(np.float64).T) < limit(mode, "float32")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    out=st.integers(1, 90),
+    out=st.integers(1, 90) | st.integers(380, 450),
     columns=st.integers(1, 200),
     tokens=st.integers(1, 80),
     isa=st.sampled_from(PATHS or ("best",)),

@@ -177,7 +177,7 @@ def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, tokens: int)
 
 @each_mode
 def test_alone_or_in_a_batch(mode: Mode) -> None:
-    """A token's neighbours change rounding only: few tokens of an expert are computed in float32 even when fast."""
+    """A token's neighbours change rounding only: few tokens of an expert are computed more exactly, even when fast."""
     layer = random_layer(256, 128, 5)
     x, ids, weights = random_call(layer, 30, 2)
     together = moe(layer, x, ids, weights, mode=mode)
@@ -185,6 +185,59 @@ def test_alone_or_in_a_batch(mode: Mode) -> None:
         one = slice(token, token + 1)
         alone = moe(layer, x[one], ids[one], weights[one], mode=mode)
         assert error(together[one], alone.astype(np.float64)) < (EXACT if mode == "exact" else 2 * FAST)
+
+
+#: Of few tokens in the fast mode: activations in 16 bits, one scale for eight of them.
+FIXED = 1e-4
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_few_tokens_are_nearly_exact_whatever_their_range(isa: Isa, tokens: int, scale: float) -> None:
+    """Outliers spoil their own block of eight only."""
+    layer = random_layer(288, 160, 3)
+    x, ids, weights = random_call(layer, tokens, 2)
+    x[:, ::61] *= 1000
+    x = (x * scale).astype(np.float32)
+    assert error(moe(layer, x, ids, weights, isa=isa, mode="fast"), layer.oracle(x, ids, weights)) < FIXED
+
+
+@each_isa
+@each_mode
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-45, -0.0])
+def test_nothing_gives_nothing(isa: Isa, mode: Mode, value: float) -> None:
+    """Blocks that are zero, or too small to have a scale."""
+    layer = random_layer(128, 128, 2)
+    ids, weights = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
+    assert np.abs(moe(layer, np.full((1, 128), value, np.float32), ids, weights, isa=isa, mode=mode)).max() < 1e-30
+
+
+@each_isa
+@each_mode
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(96, 64), (2048, 160), (2080, 2112)])
+def test_where_the_region_begins_changes_no_bit(
+    isa: Isa, mode: Mode, tokens: int, hidden: int, intermediate: int
+) -> None:
+    """Tensors of a shard begin where its header ends: anywhere in a cache line."""
+    layer = random_layer(hidden, intermediate, 3)
+    x, ids, weights = random_call(layer, tokens, 2)
+    inputs = inputs_of(layer, x, ids, weights, "float32")
+    region = inputs[3].array.reshape(-1)
+    room = np.zeros(region.size + 32, np.int32)
+    line = -room.ctypes.data // 4 % 16
+    found = []
+    for shift in (0, 2, 8, 10, 14):
+        moved = room[line + shift :][: region.size]
+        moved[:] = region
+        inputs[3] = Named(moved.reshape(-1, 2), "int32")
+        inputs[4] = Named(moved.view(np.uint16).reshape(-1, 4), "bfloat16")
+        y = named(np.zeros_like(x), "float32")
+        status, message = call("moe_dispatch", inputs, [y], attributes(layer), isa=isa, mode=mode)
+        assert status == OK, message
+        found.append(y.array)
+    assert all(np.array_equal(y, found[0]) for y in found)
 
 
 @settings(max_examples=60, deadline=None)

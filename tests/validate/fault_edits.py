@@ -398,7 +398,7 @@ def bfloat16_sum_of_experts(model: onnx.ModelProto) -> None:
 
 
 def bfloat16_router(model: onnx.ModelProto) -> None:
-    round_to_bfloat16(model.graph.node, node_of(model, "MatMul").output[0])
+    round_to_bfloat16(model.graph.node, node_of(model, "Linear", "mlp.gate.weight").output[0])
 
 
 # The runtime and its view of the checkpoint.

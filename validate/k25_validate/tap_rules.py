@@ -102,7 +102,7 @@ _ATTENTION = [
 ]
 
 _ROUTER = [
-    Rule(tap="mlp.gate.logits", op="MatMul", reads=("post_attention_layernorm", "W:mlp.gate.weight")),
+    Rule(tap="mlp.gate.logits", op="Linear", reads=("post_attention_layernorm", "W:mlp.gate.weight")),
     Rule(tap="mlp.gate.scores", op="Sigmoid", reads=("mlp.gate.logits",)),
     Rule(tap="mlp.gate.biased", op="Add", reads=("mlp.gate.scores", "W:mlp.gate.e_score_correction_bias")),
     Rule(tap="mlp.gate.best", op="TopK", reads=("mlp.gate.biased",)),

@@ -40,7 +40,7 @@ class Router(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts), requires_grad=False)
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        scores_TE = torch.sigmoid(x_TH.float() @ self.weight.float().T)
+        scores_TE = torch.sigmoid(torch.ops.k25.linear(x_TH.float(), self.weight))
         ids_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=-1).indices
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.normalise:

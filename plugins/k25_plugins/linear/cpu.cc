@@ -1,7 +1,8 @@
 // k25.Linear on a CPU: y = x W^T, W bfloat16 [out, in] as stored, read in place.
 //
 // Few tokens: rows stream by once, float32 products. Many: blocks of rows that stay in the cache, with bfloat16 dot products
-// where the mode and the path allow. One parallel region: activations into the order of the weights, then blocks of rows.
+// where the mode and the path allow. Not for narrow matrices, which cost little: a router has one output for each expert, and
+// chooses by small differences. One parallel region: activations into the order of the weights, then blocks of rows.
 #include "bf16_rows.h"
 #include "checks.h"
 #include "kernels.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kPanelTokens = 64;
 constexpr int kMostRows = 32;        // of a task with many tokens
+constexpr int64_t kNarrow = 384;     // outputs up to which products are float32 in any mode
 constexpr int kStreamBytes = 32768;  // of weights in a task with few
 constexpr int kPrepareTokens = 8;    // in a task
 
@@ -117,7 +119,7 @@ k25_status linear(const k25_tensor inputs[2], const k25_tensor outputs[1], const
   call.tokens = 1;
   for (int axis = 0; axis + 1 < inputs[0].rank; ++axis) call.tokens *= inputs[0].dims[axis];
   call.is_streamed = call.tokens <= kStreamTokens;
-  call.use_pairs = K25_HAS_DOT_BF16 && options->mode == K25_FAST && !call.is_streamed;
+  call.use_pairs = K25_HAS_DOT_BF16 && options->mode == K25_FAST && !call.is_streamed && call.out > kNarrow;
   call.x_bytes = padded(call.use_pairs ? 2 * padded(call.in, kPairChunk) : 4 * padded(call.in, kSplitChunk), 64);
   call.prepared_x = static_cast<char*>(scratch.take(static_cast<size_t>(call.tokens * call.x_bytes)));
   if (call.prepared_x == nullptr) return fail(K25_FAILED, message, "k25.Linear: out of memory");
