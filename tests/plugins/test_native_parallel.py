@@ -1,4 +1,4 @@
-"""Phases, ranges and the library's own threads: what `core/parallel.h` and `core/workers.h` promise, in C++ and in sessions."""
+"""Phases, ranges and the library's own threads: the promises of `core/parallel.h` and `core/workers.h`."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def test_sessions_that_run_at_the_same_time_share_the_threads(session_threads: A
     session_threads(3)
     sessions = [linear_session() for _ in weights]
     wanted = [product(session, x, weight) for session, weight in zip(sessions, weights, strict=True)]
-    wrong: list[int] = []
+    found: list[bool] = []
 
     def work(index: int) -> None:
-        for _ in range(100):
-            if not np.array_equal(product(sessions[index], x, weights[index]), wanted[index]):
-                wrong.append(index)
+        results = [product(sessions[index], x, weights[index]) for _ in range(100)]
+        found.extend(np.array_equal(result, wanted[index]) for result in results)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(sessions))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert len(found) == 300
+    assert all(found)
