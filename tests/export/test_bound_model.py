@@ -51,7 +51,7 @@ def test_other_tools_open_every_layer(place: tuple[Path, Path, Manifest], parent
     output = checkpoint.parent if parent else checkpoint
     writer = BoundModelWriter(bundle=bundle, manifest=manifest, checkpoint=checkpoint, output=output)
     before = {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
-    with Runtime.open(bundle, checkpoint=checkpoint) as runtime:
+    with Runtime.open(bundle, checkpoint=checkpoint, mode="exact") as runtime:
         for layer in writer.layers:
             path = writer.write(layer, "fp32")
             assert path == output / f"layer-{layer}.fp32.onnx"

@@ -132,9 +132,13 @@ static void absorb_task(void* state, size_t head) {
   }
 }
 
-// The tile as the products take it: Float reads it once for keys and values.
+// The tile as the products take it, keys and values at once: where they lie, or, in other dtypes and across blocks, a copy.
 K25_INLINE KeyTile<Float> latent_tile(Float, const MlaCall& call, size_t sequence, size_t first, size_t rows,
                                       float* space) {
+  if (!call.cache.bfloat16 && first / call.block_size == (first + rows - 1) / call.block_size) {
+    const float* at = static_cast<const float*>(call.cache.data) + row_offset(call, sequence, first);
+    return {at, call.width, call.width, at, call.width, call.rank, rows, false, nullptr, true};
+  }
   const size_t stride = row_stride(call.width);
   read_rows(call, sequence, first, rows, space, stride);
   return {space, stride, call.width, space, stride, call.rank, rows, false, nullptr, true};
