@@ -30,14 +30,14 @@ int64_t divided_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 enum Form { kWords, kPairs, kFixed, kForms };
 
 int64_t form_bytes(Form form, int64_t size) {
-#if K25_HAS_VNNI
+#if K25_HAS_FIXED
   if (form == kFixed) return padded(size, kFixedChunk) / kFixedChunk * static_cast<int64_t>(sizeof(FixedChunk));
 #endif
   return form == kPairs ? 2 * padded(size, kGroupChunk) : 4 * padded(size, kWordChunk);
 }
 
 void to_form(Form form, const void* from, bool is_float, int64_t size, char* to) {
-#if K25_HAS_VNNI
+#if K25_HAS_FIXED
   if (form == kFixed) return to_fixed_order(from, is_float, size, reinterpret_cast<FixedChunk*>(to));
 #endif
   if (form == kPairs) return to_group_order(from, is_float, size, reinterpret_cast<uint16_t*>(to));
@@ -89,8 +89,8 @@ void write_inner(Call& call, const ExpertGroup& group, int64_t pair, int64_t fir
   const Form form = form_of(call, group);
   alignas(64) float values[kRows];
   for (int row = 0; row < kRows; row += W) store(values + row, silu(load(gate + row)) * load(up + row));
-#if K25_HAS_VNNI
-  if (form == kFixed) return write_fixed(load(values), first, inner_row<FixedChunk>(call, pair));
+#if K25_HAS_FIXED
+  if (form == kFixed) return write_fixed(values, first, inner_row<FixedChunk>(call, pair));
 #endif
   for (int row = 0; row < count; ++row) {
     if (form == kPairs) {
@@ -104,7 +104,7 @@ void write_inner(Call& call, const ExpertGroup& group, int64_t pair, int64_t fir
 // Dot products of rows with the activations of a streamed group, row(m) of which lies in the form for few tokens.
 template <int R, class Row>
 K25_INLINE void stream_rows([[maybe_unused]] const Call& call, int tokens, const PackedRows<R>& rows, Row row, float* found) {
-#if K25_HAS_VNNI
+#if K25_HAS_FIXED
   if (call.few == kFixed) {
     const FixedChunk* x[kStreamTokens];
     for (int m = 0; m < tokens; ++m) x[m] = reinterpret_cast<const FixedChunk*>(row(m));
@@ -349,7 +349,7 @@ k25_status moe_dispatch(const k25_tensor inputs[6], const k25_moe_dispatch_attri
   call.intermediate = attributes->intermediate_size;
   call.words_per_group = attributes->group_size / 8;
   const bool fast = options->mode == K25_FAST;
-  call.few = K25_HAS_VNNI && fast ? kFixed : kWords;
+  call.few = K25_HAS_FIXED && fast ? kFixed : kWords;
   call.many = K25_HAS_DOT_BF16 && fast && attributes->group_size % 32 == 0 ? kPairs : kWords;
   const k25_status status = group_by_expert(inputs, *attributes, scratch, &call.groups, message);
   if (status != K25_OK) return status;

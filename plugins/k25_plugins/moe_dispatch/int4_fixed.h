@@ -1,4 +1,4 @@
-// Rows of packed INT4 times a few activations in whole numbers (paths with VNNI): half the instructions of float32.
+// Rows of packed INT4 times a few activations in whole numbers (AVX2 and up): half the instructions of float32, or fewer.
 //
 // An activation is its block's scale times a whole number of 16 bits; a block is the eight elements that meet one word. The
 // largest of a block is 32639 = 127 * 256 + 127, so that a number is two signed bytes, 256 high + low. Products with nibbles
@@ -10,13 +10,13 @@
 #include "int4_stream.h"
 #include "lines.h"
 
-#if defined(__AVX512VNNI__)
-#define K25_HAS_VNNI 1
+#if defined(__AVX2__)
+#define K25_HAS_FIXED 1
 #else
-#define K25_HAS_VNNI 0
+#define K25_HAS_FIXED 0
 #endif
 
-#if K25_HAS_VNNI
+#if K25_HAS_FIXED
 namespace k25 {
 namespace K25_ISA_NS {
 
@@ -32,6 +32,29 @@ struct alignas(64) FixedChunk {
   F32 scale;
 };
 
+K25_INLINE I32 rounded_to_whole(F32 x) {
+#if defined(__AVX512F__)
+  return (I32)_mm512_cvtps_epi32((__m512)x);
+#else
+  return (I32)_mm256_cvtps_epi32((__m256)x);
+#endif
+}
+
+// start + a . x + b . y, four products of bytes to a lane: nibbles 0 to 15 in a and b, signed bytes in x and y.
+K25_INLINE I32 add_products(I32 start, I32 a, I32 x, I32 b, I32 y) {
+#if defined(__AVX512VNNI__)
+  return (I32)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((__m512i)start, (__m512i)a, (__m512i)x), (__m512i)b, (__m512i)y);
+#elif defined(__AVX512BW__)  // four products of at most 15 * 128 fit 16 bits
+  const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)x),
+                                         _mm512_maddubs_epi16((__m512i)b, (__m512i)y));
+  return start + (I32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)x),
+                                         _mm256_maddubs_epi16((__m256i)b, (__m256i)y));
+  return start + (I32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
 K25_INLINE I32 bytes_of(I32 a, I32 b, I32 c, I32 d) {
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
 }
@@ -46,7 +69,7 @@ K25_INLINE FixedChunk fixed_chunk(const F32 (&x)[8]) {
   const F32 factor = most >= kFixedLeast ? kFixedMost / most : zero();
   I32 number[8], high[8], total{};
   for (int i = 0; i < 8; ++i) {
-    number[i] = (I32)_mm512_cvtps_epi32((__m512)(x[i] * factor));
+    number[i] = rounded_to_whole(x[i] * factor);
     high[i] = (number[i] + 128) >> 8;  // the low byte is signed
     total += number[i];
   }
@@ -73,11 +96,13 @@ static inline void to_fixed_order(const void* from, bool is_float, int64_t size,
   }
 }
 
-// Elements [first, first + W) of a row of chunks, two blocks; `first` is a multiple of W.
-static inline void write_fixed(F32 values, int64_t first, FixedChunk* to) {
+// Sixteen elements from `first` on, a multiple of 16, of a row of chunks: two blocks.
+static inline void write_fixed(const float* values, int64_t first, FixedChunk* to) {
   F32 x[8];
   for (int i = 0; i < 8; ++i) {
-    x[i] = (F32)_mm512_permutexvar_ps(_mm512_setr_epi32(i, 8 + i, i, i, i, i, i, i, i, i, i, i, i, i, i, i), (__m512)values);
+    x[i] = zero();
+    x[i][0] = values[i];
+    x[i][1] = values[8 + i];
   }
   const FixedChunk blocks = fixed_chunk(x);
   char* chunk = reinterpret_cast<char*>(to + first / kFixedChunk) + first % kFixedChunk / 8 * sizeof(int32_t);
@@ -85,23 +110,30 @@ static inline void write_fixed(F32 values, int64_t first, FixedChunk* to) {
   for (size_t at = 0; at < sizeof blocks; at += sizeof(I32)) memcpy(chunk + at, lanes + at, 2 * sizeof(int32_t));
 }
 
-// The words of a row, W at a time.
+// The words of a row, W at a time; kAcrossLines: lines.h.
 template <bool kAcrossLines>
 struct WordReader {
   const int32_t* at;
   __attribute__((always_inline)) void start(const int32_t* row) { at = row; }
-  __attribute__((always_inline)) __m512i next() {
+  __attribute__((always_inline)) I32 next() {
     at += W;
-    return _mm512_loadu_si512(at - W);
+    return load_i32(at - W);
   }
-  __attribute__((always_inline)) __m512i last() { return _mm512_loadu_si512(at); }
+  __attribute__((always_inline)) I32 last() { return load_i32(at); }
 };
+#if K25_HAS_LINES
 template <>
-struct WordReader<true> : LineReader {};
+struct WordReader<true> {
+  LineReader lines;
+  __attribute__((always_inline)) void start(const int32_t* row) { lines.start(row); }
+  __attribute__((always_inline)) I32 next() { return (I32)lines.next(); }
+  __attribute__((always_inline)) I32 last() { return (I32)lines.last(); }
+};
+#endif
 
 template <int M, int R, bool kGroups32, bool kAcrossLines>
 K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
-  const __m512i nibble = _mm512_set1_epi8(15);
+  const I32 nibble = set1i(0x0f0f0f0f);
   F32 total[R][M];
   WordReader<kAcrossLines> reader[R];
 #pragma GCC unroll 8
@@ -110,17 +142,14 @@ K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x,
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) total[r][m] = zero();
   }
-  const auto add = [&](int64_t index, int r, __m512i packed, F32 scale) __attribute__((always_inline)) {
-    const __m512i even = _mm512_and_si512(packed, nibble);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+  const auto add = [&](int64_t index, int r, I32 packed, F32 scale) __attribute__((always_inline)) {
+    const I32 even = packed & nibble, odd = (packed >> 4) & nibble;
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const FixedChunk& at = x[m][index];
-      __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, (__m512i)at.high_even);
-      high = _mm512_dpbusd_epi32(high, odd, (__m512i)at.high_odd);
-      __m512i low = _mm512_dpbusd_epi32((__m512i)at.offset, even, (__m512i)at.low_even);
-      low = _mm512_dpbusd_epi32(low, odd, (__m512i)at.low_odd);
-      const F32 sum = (F32)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+      const I32 high = add_products(I32{}, even, at.high_even, odd, at.high_odd);
+      const I32 low = add_products(at.offset, even, at.low_even, odd, at.low_odd);
+      const F32 sum = __builtin_convertvector((high << 8) + low, F32);
       total[r][m] = fma(sum * at.scale, scale, total[r][m]);
     }
   };
@@ -136,11 +165,11 @@ K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x,
   }
   if (whole < rows.row_words) {
     const int count = static_cast<int>(rows.row_words - whole);
-    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      add(whole / W, r, _mm512_maskz_loadu_epi32(there, rows.words[r] + whole),
-          word_scales(rows.scales[r], whole, rows.words_per_group, count));
+      int32_t lanes[W] = {};
+      memcpy(lanes, rows.words[r] + whole, sizeof(int32_t) * static_cast<size_t>(count));
+      add(whole / W, r, load_i32(lanes), word_scales(rows.scales[r], whole, rows.words_per_group, count));
     }
   }
 #pragma GCC unroll 8
@@ -154,13 +183,15 @@ K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x,
 template <int M, int R, bool kGroups32>
 static void fixed_rows(PackedRows<R> rows, const FixedChunk* const* x, float* out) {
   for (int n = 0; n < rows.count; ++n, rows.next(), out += R * kStreamTokens) {
+#if K25_HAS_LINES
     bool across = kGroups32;  // other groups are rare: one way for them
     for (int r = 0; r < R; ++r) across = across && is_across_lines(rows.words[r], rows.row_words / W);
     if (across) {
       fixed_row<M, R, kGroups32, kGroups32>(rows, x, out);
-    } else {
-      fixed_row<M, R, kGroups32, false>(rows, x, out);
+      continue;
     }
+#endif
+    fixed_row<M, R, kGroups32, false>(rows, x, out);
   }
 }
 
