@@ -15,6 +15,8 @@ constexpr int32_t kMostWorkers = 63;
 // a thread takes 4 to 10.
 constexpr int64_t kAwakeNanoseconds = 60000;
 constexpr int kLooks = 32;  // between two looks at the clock; then others may have the core
+constexpr int64_t kLostNanoseconds = 30000;  // between two looks: somebody had it
+constexpr int64_t kCalmNanoseconds = 20000000;
 
 // Calls are numbered. `open` is the number of the one that may be joined, or 0. A worker counts itself in before it looks,
 // and the caller closes before it counts, so nobody is inside when the next call is written.
@@ -49,14 +51,7 @@ int64_t now() {
   return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
-uint64_t call_after(uint64_t seen) {
-  for (const int64_t until = now() + kAwakeNanoseconds; now() < until; sched_yield()) {
-    for (int look = 0; look < kLooks; ++look) {
-      const uint64_t call = __atomic_load_n(&pool.call, __ATOMIC_ACQUIRE);
-      if (call != seen) return call;
-      cpu_pause();
-    }
-  }
+uint64_t call_asleep(uint64_t seen) {
   pthread_mutex_lock(&pool.mutex);
   __atomic_fetch_add(&pool.sleepers, 1, __ATOMIC_SEQ_CST);
   while (__atomic_load_n(&pool.call, __ATOMIC_SEQ_CST) == seen) pthread_cond_wait(&pool.changed, &pool.mutex);
@@ -65,10 +60,29 @@ uint64_t call_after(uint64_t seen) {
   return __atomic_load_n(&pool.call, __ATOMIC_ACQUIRE);
 }
 
+// The call after `seen`. Who looks for it uses up its share of a core that others want too, and then loses the core in the
+// middle of its work; so a worker that has lost it sleeps at once for a while.
+uint64_t call_after(uint64_t seen, int64_t* sleep_until) {
+  int64_t last = now();
+  for (const int64_t until = last + kAwakeNanoseconds; last < until && last >= *sleep_until;) {
+    for (int look = 0; look < kLooks; ++look) {
+      const uint64_t call = __atomic_load_n(&pool.call, __ATOMIC_ACQUIRE);
+      if (call != seen) return call;
+      cpu_pause();
+    }
+    sched_yield();
+    const int64_t time = now();
+    if (time - last > kLostNanoseconds) *sleep_until = time + kCalmNanoseconds;
+    last = time;
+  }
+  return call_asleep(seen);
+}
+
 void* work(void* argument) {
   const int32_t number = static_cast<int32_t>(reinterpret_cast<intptr_t>(argument));
+  int64_t sleep_until = 0;
   for (uint64_t seen = 0;;) {
-    seen = call_after(seen);
+    seen = call_after(seen, &sleep_until);
     __atomic_fetch_add(&pool.inside, 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&pool.open, __ATOMIC_SEQ_CST) == seen && number < pool.threads) run_tickets();
     __atomic_fetch_sub(&pool.inside, 1, __ATOMIC_RELEASE);
