@@ -1,6 +1,6 @@
 // k25.Linear on a CPU: y = x W^T, W bfloat16 [out, in] as stored, read in place.
 //
-// Few tokens: rows stream by once, float32 products. Many: blocks of rows that stay in the cache, with bfloat16 dot products
+// One token: rows stream by once, float32 products. More: blocks of rows that stay in the cache, with bfloat16 dot products
 // where the mode and the path allow. Not for narrow matrices, which cost little: a router has one output for each expert, and
 // chooses by small differences. One parallel region: activations into the order of the weights, then blocks of rows.
 #include "bf16_rows.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr int kPanelTokens = 64;
 constexpr int kMostRows = 32;        // of a task with many tokens
 constexpr int64_t kNarrow = 384;     // outputs up to which products are float32 in any mode
-constexpr int kStreamBytes = 32768;  // of weights in a task with few
+constexpr int kStreamBytes = 32768;  // of weights in a task with one
 constexpr int kPrepareTokens = 8;    // in a task
 
 struct Call {
@@ -56,13 +56,11 @@ void write(const Call& call, int64_t token, int64_t row, float value) {
 }
 
 void stream(const Call& call, int64_t first, int64_t stop) {
-  const float* x[kStreamTokens];
-  const int tokens = static_cast<int>(call.tokens);
-  pointers(call, 0, tokens, x);
+  const float* x[1] = {reinterpret_cast<const float*>(call.prepared_x)};
   for (int64_t row = first; row < stop; ++row) {
-    float found[kStreamTokens];
-    stream_row_of(tokens, call.weight + row * call.in, call.in, x, found);
-    for (int m = 0; m < tokens; ++m) write(call, m, row, found[m]);
+    float found;
+    stream_row<1>(call.weight + row * call.in, call.in, x, &found);
+    write(call, 0, row, found);
   }
 }
 
@@ -118,7 +116,7 @@ k25_status linear(const k25_tensor inputs[2], const k25_tensor outputs[1], const
   call.in = inputs[1].dims[1];
   call.tokens = 1;
   for (int axis = 0; axis + 1 < inputs[0].rank; ++axis) call.tokens *= inputs[0].dims[axis];
-  call.is_streamed = call.tokens <= kStreamTokens;
+  call.is_streamed = call.tokens == 1;
   call.use_pairs = K25_HAS_DOT_BF16 && options->mode == K25_FAST && !call.is_streamed && call.out > kNarrow;
   call.x_bytes = padded(call.use_pairs ? 2 * padded(call.in, kPairChunk) : 4 * padded(call.in, kSplitChunk), 64);
   call.prepared_x = static_cast<char*>(scratch.take(static_cast<size_t>(call.tokens * call.x_bytes)));
