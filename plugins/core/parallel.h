@@ -2,7 +2,7 @@
 //
 // Each thread works through a range of neighbouring tasks, and one that has none left takes the upper half of the largest
 // range that another still has. So a thread streams through memory that lies together as long as tasks of neighbouring index
-// do: two cores that take turns at pieces of 16 KB read half as fast as two that read a half each (bench/native_ops.md).
+// do: two cores that take turns at pieces of 16 KB read half as fast as with pieces of 1 MB (bench/read_order.cc).
 #ifndef K25_PARALLEL_H
 #define K25_PARALLEL_H
 
