@@ -78,7 +78,8 @@ typedef struct {
   void* context;
 } k25_parallel;
 
-/* K25_FAST may use bf16 dot products with float32 sums; K25_EXACT computes in float32. */
+/* K25_FAST may use bf16 dot products with float32 sums, or 16-bit activations with exact sums of eight products;
+ * K25_EXACT computes in float32. */
 typedef enum { K25_FAST = 0, K25_EXACT = 1 } k25_mode;
 
 /* Code paths, chosen at run time; K25_ISA_BEST takes the widest that the machine has. */
