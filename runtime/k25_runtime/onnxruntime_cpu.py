@@ -78,8 +78,8 @@ class OnnxRuntimeCpu(HostBackend):
 
         The native ops have threads of their own, one set for all components, that stay awake between operators; ONNX
         Runtime's, for the rest, do not.
-        In mode `fast` the native ops may round activations (bf16, or 16 bits for experts of few tokens); `exact` computes
-        in float32.
+        In mode `fast` the native ops may round activations (bf16, or 16 bits for experts of few tokens); `exact`
+        computes in float32.
         """
         self._mode: Mode = mode
         self._threads = threads or usable_cores()
