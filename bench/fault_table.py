@@ -53,7 +53,9 @@ def fault_row(found: Any, noise: dict[tuple[str, str], float]) -> str:
     check = found.smallest
     key = (fault.component if check.section == "components" else check.section, check.metric)
     margin = check.value / check.tolerance.value if check.tolerance.value else float("inf")
-    place = check.name if check.section in ("components", fault.component) else f"{check.section} ({fault.component})"
+    place = check.name if check.section in ("components", fault.component) else check.section
+    if fault.component not in place:
+        place = f"{place} ({fault.component})"
     return (
         f"| {fault.name} | {check.value:.1e} | {check.tolerance.value:.1e} | {noise.get(key, 0.0):.1e} | "
         f"{_times(margin)} | {place}: {check.metric} | {_named(found)} |"

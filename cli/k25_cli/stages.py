@@ -16,7 +16,7 @@ from k25_plugins.errors import InputError, VerificationError
 if TYPE_CHECKING:
     from k25_export.manifest import Manifest
     from k25_runtime.runtime import BackendName
-    from k25_validate.validation import ReferenceName, Stream
+    from k25_validate.judge import ReferenceName, Stream
     from k25_validate.validation_options import ValidationOptions
 
 

@@ -265,12 +265,12 @@ k25_status k25_vision_attention_outputs(const k25_tensor inputs[3], const k25_vi
   sizes[kSize_num_heads] = heads;
   const int64_t width = sizes[kSize_width];
   sizes[kSize_head_dim] = width / heads;
-  status = check_sizes(kVisionAttention, inputs, sizes, message);
-  if (status == K25_OK && width % heads != 0) {
+  if (width % heads != 0) {
     return fail(K25_INVALID, message,
                 "k25.VisionAttention: input k, axis width: expected a multiple of num_heads %lld, found %lld",
                 static_cast<long long>(heads), static_cast<long long>(width));
   }
+  status = check_sizes(kVisionAttention, inputs, sizes, message);
   if (status == K25_OK) write_outputs(kVisionAttention, inputs, sizes, types, outputs);
   return status;
 }

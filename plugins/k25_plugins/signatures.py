@@ -200,7 +200,12 @@ def _derive_mla(attributes: Mapping[str, Any], sizes: Sizes) -> Sizes:
 
 
 def _derive_vision_attention(attributes: Mapping[str, Any], sizes: Sizes) -> Sizes:
-    return {"head_dim": sizes["width"] // attributes["num_heads"]}
+    width, heads = sizes["width"], attributes["num_heads"]
+    if isinstance(width, int) and width % heads:
+        raise InputError(
+            f"{DOMAIN}.VisionAttention: input k, axis width: expected a multiple of num_heads {heads}, found {width}"
+        )
+    return {"head_dim": width // heads}
 
 
 def _spec(name: str, dtype: str, *shape: str) -> TensorSpec:

@@ -82,6 +82,8 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
             env={name: value for name, value in os.environ.items() if not name.startswith("K25_")},
+            # A shell has its background jobs ignore interrupts, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert self._answer() == "ready"
 

@@ -101,6 +101,16 @@ def test_a_wrong_size_is_refused_as_in_python(
 
 
 @needs_library
+def test_a_width_that_is_no_multiple_of_the_heads_is_refused_as_in_python() -> None:
+    heads = CALLS["VisionAttention"][1]["num_heads"]
+    (patches, width), dtype = CALLS["VisionAttention"][0]["k"]
+    change = {"k": ([patches, width + 1], dtype)}
+    with pytest.raises(InputError, match=f"input k, axis width: expected a multiple of num_heads {heads}") as caught:
+        inferred("VisionAttention", **change)
+    assert refused("VisionAttention", **change) == str(caught.value)
+
+
+@needs_library
 @pytest.mark.parametrize(("op", "port"), [(op, port) for op, (ports, _) in CALLS.items() for port in ports])
 def test_a_wrong_rank_and_an_empty_axis_are_refused(op: str, port: str) -> None:
     shape, dtype = CALLS[op][0][port]

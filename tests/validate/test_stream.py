@@ -11,7 +11,7 @@ import pytest
 
 from k25_plugins.errors import InputError
 from k25_runtime.model_runner import ModelRunner
-from k25_validate import validation
+from k25_validate import judge, validation
 from k25_validate.parity_report import ParityReport
 from k25_validate.plain_reference import PlainWalk
 from k25_validate.reference import LayerTrace
@@ -107,5 +107,5 @@ def test_transformers_cannot_be_streamed(bundle: Path) -> None:
 
 def test_auto_streams_what_exceeds_the_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parity_report_from_bundle(bundle).runtime["streamed"] == "no"
-    monkeypatch.setattr(validation.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(judge.os, "sysconf", lambda name: 1)
     assert parity_report_from_bundle(bundle).runtime["streamed"].startswith("yes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,20 @@ from k25_validate.bisect_state import STATE_NAME, read_bisect_state, write_bisec
 from k25_validate.bisect_vision import VisionSearch
 from k25_validate.bisect_walk import BisectWalk, Failure, LocalError
 from k25_validate.divergence import Divergence
-from k25_validate.media_samples import MediaSample
-from k25_validate.parity_report import _finite
-from k25_validate.prompts import Prompt, ids_of_text, prompts_for_bundle
-from k25_validate.validation import (
+from k25_validate.judge import (
+    Progress,
     ReferenceName,
     Stream,
-    _bad_weights_as_input_errors,
-    _is_streamed,
-    _opened_reference,
-    _plain,
-    _samples,
+    bad_weights_as_input_errors,
+    media_or_built_in,
+    opened_reference,
+    plain_of,
+    weights_are_streamed,
 )
+from k25_validate.media_samples import MediaSample
+from k25_validate.parity_report import json_value
+from k25_validate.prompts import Prompt, ids_of_text, prompts_for_bundle
 from k25_validate.validation_key import validation_key
-
-Progress = Callable[[str, int, int], None]
 
 CONTEXT = 512
 BLOCK_SIZE = 32
@@ -85,7 +84,7 @@ def report_values(report: BisectReport) -> dict[str, Any]:
         "sentence": report.summary(),
         **asdict(report),
     }
-    return _finite(values)  # type: ignore[no-any-return]
+    return json_value(values)  # type: ignore[no-any-return]
 
 
 def bisect_bundle(
@@ -118,7 +117,7 @@ def bisect_bundle(
     folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
     backend = OnnxRuntimeCpu(threads=threads, mode="exact") if backend is None else backend
     with (
-        _bad_weights_as_input_errors(),
+        bad_weights_as_input_errors(),
         Runtime.open(
             bundle,
             checkpoint=checkpoint,
@@ -131,17 +130,17 @@ def bisect_bundle(
         ) as runtime,
     ):
         manifest = runtime.manifest
-        is_streamed = _is_streamed(stream, reference, manifest)
+        is_streamed = weights_are_streamed(stream, reference, manifest)
         mapped = MappedCheckpoint(manifest, checkpoint_folder(bundle, checkpoint))
         key = _key(manifest, reference, folder, mapped.folder, prompts, backend.name)
         state_path = bundle / REPORTS_FOLDER / STATE_NAME
-        with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
+        with opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
             state = read_bisect_state(state_path, key=key)
             vision = _vision_search(runtime, bundle, manifest, mapped, folder, backend)
             picture = None
-            walk = BisectWalk(runtime, judge, prompts, exact=_plain(judge, folder, manifest).exact())
+            walk = BisectWalk(runtime, judge, prompts, exact=plain_of(judge, folder, manifest).exact())
             if vision is not None and state is None:  # a walk that has begun has pictures behind it
-                picture = vision.first_failure(judge, _samples(manifest, samples), progress)
+                picture = vision.first_failure(judge, media_or_built_in(manifest, samples), progress)
                 walk.found.extend(vision.found)
             failure = None
             if picture is None:

@@ -209,15 +209,15 @@ def report_to_dict(report: ParityReport) -> dict[str, Any]:
     }
     for check, plain in zip(report.checks, values["checks"], strict=True):
         plain["passed"] = check.passed
-    return _finite(values)  # type: ignore[no-any-return]
+    return json_value(values)  # type: ignore[no-any-return]
 
 
-def _finite(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """JSON has no infinity and no NaN: they are written as strings."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -59,7 +59,7 @@ class PlainModel:
         self._latent_norm_eps = latent_norm_eps
         self._on_route = on_route
         self._on_value = on_value
-        self._inverse_frequencies_P = torch.tensor(_yarn_inverse_frequencies(self._config), dtype=dtype)
+        self._inverse_frequencies_P = torch.tensor(yarn_inverse_frequencies(self._config), dtype=dtype)
 
     @property
     def layers(self) -> int:
@@ -114,7 +114,7 @@ class PlainModel:
         """The same at any positions."""
         angles = positions_T.to(self.dtype)[:, None] * self._inverse_frequencies_P
         yarn = self._config.yarn
-        multiplier = _attention_scaling(yarn, yarn.mscale) / _attention_scaling(yarn, yarn.mscale_all_dim)
+        multiplier = attention_scaling(yarn, yarn.mscale) / attention_scaling(yarn, yarn.mscale_all_dim)
         return angles.cos() * multiplier, angles.sin() * multiplier
 
     def _attention(self, x_TH: torch.Tensor, prefix: str, rotation: Rotation) -> torch.Tensor:
@@ -126,19 +126,19 @@ class PlainModel:
         q_TND = self._linear(low_rank_q, prefix + "q_b_proj").view(tokens, heads, -1)
         compressed = self._linear(x_TH, prefix + "kv_a_proj_with_mqa")
         latent_TR = self._norm(compressed[:, :rank], prefix + "kv_a_layernorm", eps=self._latent_norm_eps)
-        key_TP = _rotate(compressed[:, rank:], *rotation)
+        key_TP = rotate(compressed[:, rank:], *rotation)
         self._note(prefix + "compressed", compressed[:, :rank])
         self._note(prefix + "k_rope", compressed[:, rank:])
         self._note(prefix + "latent", torch.cat([latent_TR, compressed[:, rank:]], dim=-1))
         self._note(prefix + "cache_rows", torch.cat([latent_TR, key_TP], dim=-1))
-        scale = _attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
+        scale = attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
         future_TT = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         up_NDR = self._weight(prefix + "kv_b_proj.weight").view(heads, -1, rank)
         out_TND = torch.empty(tokens, heads, config.v_head_dim, dtype=self.dtype)
         for head in range(heads):
             keys_TD = torch.cat([latent_TR @ up_NDR[head, :nope].T, key_TP], dim=-1)
             values_TD = latent_TR @ up_NDR[head, nope:].T
-            query_TD = torch.cat([q_TND[:, head, :nope], _rotate(q_TND[:, head, nope:], *rotation)], dim=-1)
+            query_TD = torch.cat([q_TND[:, head, :nope], rotate(q_TND[:, head, nope:], *rotation)], dim=-1)
             scores_TT = (query_TD @ keys_TD.T * scale).masked_fill_(future_TT, -math.inf)
             out_TND[:, head] = scores_TT.softmax(dim=-1) @ values_TD
         self._note(prefix + "attended", out_TND.flatten(1))
@@ -159,11 +159,11 @@ class PlainModel:
         q_TND = self._linear(low_rank, prefix + "q_b_proj").view(len(x_TH), heads, -1)
         up_NDR = self._weight(prefix + "kv_b_proj.weight").view(heads, -1, rank)
         absorbed_TNR = torch.einsum("tnd,ndr->tnr", q_TND[..., :nope], up_NDR[:, :nope])
-        rotated = torch.stack([_rotate(q_TND[:, head, nope:], *rotation) for head in range(heads)], dim=1)
-        scale = _attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
+        rotated = torch.stack([rotate(q_TND[:, head, nope:], *rotation) for head in range(heads)], dim=1)
+        scale = attention_scaling(config.yarn, config.yarn.mscale_all_dim) ** 2 / math.sqrt(q_TND.shape[-1])
         compressed = self._linear(y_TH, prefix + "kv_a_proj_with_mqa")
         latent_TR = self._norm(compressed[:, :rank], prefix + "kv_a_layernorm", eps=self._latent_norm_eps)
-        rows = torch.cat([latent_TR, _rotate(compressed[:, rank:], *rotation)], dim=-1)
+        rows = torch.cat([latent_TR, rotate(compressed[:, rank:], *rotation)], dim=-1)
         self._tensors.unmap()
         return torch.cat([absorbed_TNR, rotated], dim=-1) * scale, rows
 
@@ -257,7 +257,7 @@ class PlainModel:
         return (groups * scale_OG.to(self.dtype)[:, :, None]).view(rows, columns)
 
 
-def _yarn_inverse_frequencies(config: PlainConfig) -> list[float]:
+def yarn_inverse_frequencies(config: PlainConfig) -> list[float]:
     """Radians a position for each of the P/2 pairs: slow pairs are stretched by `factor`, fast ones left alone."""
     width, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
 
@@ -274,11 +274,11 @@ def _yarn_inverse_frequencies(config: PlainConfig) -> list[float]:
     return frequencies
 
 
-def _attention_scaling(yarn: Yarn, mscale: float) -> float:
+def attention_scaling(yarn: Yarn, mscale: float) -> float:
     return 0.1 * mscale * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
 
 
-def _rotate(x_TP: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+def rotate(x_TP: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
     """Rotate the adjacent pairs (2i, 2i + 1) of [T, P] by the angles of [T, P/2]."""
     even, odd = x_TP[:, 0::2], x_TP[:, 1::2]
     return torch.stack([even * cos_TP - odd * sin_TP, even * sin_TP + odd * cos_TP], dim=-1).flatten(1)

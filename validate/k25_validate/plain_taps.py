@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from k25_validate.plain_checkpoint import CheckpointTensors
-from k25_validate.plain_model import PlainModel, _attention_scaling, _rotate, _yarn_inverse_frequencies
+from k25_validate.plain_model import PlainModel, attention_scaling, rotate, yarn_inverse_frequencies
 
 Array = npt.NDArray[np.float64]
 Taps = dict[str, Array]
@@ -110,13 +110,13 @@ class PlainTaps:
     @property
     def inv_freq(self) -> list[float]:
         """Radians a position of each rotated pair, [P / 2]."""
-        return _yarn_inverse_frequencies(self._config)
+        return yarn_inverse_frequencies(self._config)
 
     @property
     def softmax_scale(self) -> float:
         """What scores are multiplied by."""
         yarn, width = self._config.yarn, self._config.qk_nope_head_dim + self._config.qk_rope_head_dim
-        return _attention_scaling(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
+        return attention_scaling(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
 
     @property
     def facts(self) -> Mapping[str, float | int | list[float]]:
@@ -182,8 +182,8 @@ def _mla_stages(
     angle = positions[:, None] * torch.tensor(taps.inv_freq, dtype=torch.float64)
     q_TND = q.view(tokens, heads, -1)
     cos, sin = angle.cos(), angle.sin()
-    q_rotated = torch.stack([_rotate(q_TND[:, head, nope:], cos, sin) for head in range(heads)], dim=1)
-    k_rotated = _rotate(latent[:, rank:], cos, sin)
+    q_rotated = torch.stack([rotate(q_TND[:, head, nope:], cos, sin) for head in range(heads)], dim=1)
+    k_rotated = rotate(latent[:, rank:], cos, sin)
     pairs: dict[str, torch.Tensor] = {}
     for name, plain, rotated in (("q", q_TND[:, :, nope:], q_rotated), ("k", latent[:, rank:], k_rotated)):
         pairs |= {f"{name}_rope": plain, f"{name}_first": plain[..., 0::2], f"{name}_second": plain[..., 1::2]}

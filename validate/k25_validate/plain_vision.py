@@ -26,10 +26,10 @@ from k25_validate.plain_checkpoint import CheckpointTensors, PlainReferenceError
 
 Grid = tuple[int, int, int]
 
-_TOWER = "vision_tower."
-_PROJECTOR = "mm_projector."
+TOWER = "vision_tower."
+PROJECTOR = "mm_projector."
 _BASE = 10000.0
-_TOWER_NORM_EPS = 1e-5  # in no official file
+TOWER_NORM_EPS = 1e-5  # in no official file
 _QUERIES = 1024  # queries of one head that are attended for at a time
 # What these formulas take for granted; another value would be another model.
 _ASSUMED: Mapping[str, Any] = {
@@ -71,11 +71,11 @@ class PlainVision:
         x_PC = self._patches(pixel_values.to(self._dtype)) + self._positions(grid)
         turns_PD = self._turns(grid, x_PC.shape[1])
         for block in range(self._config.vt_num_hidden_layers):
-            prefix = f"{_TOWER}encoder.blocks.{block}."
-            x_PC = x_PC + self._attention(self._norm(x_PC, prefix + "norm0", _TOWER_NORM_EPS), turns_PD, prefix)
-            inner = self._linear(self._norm(x_PC, prefix + "norm1", _TOWER_NORM_EPS), prefix + "mlp.fc0")
-            x_PC = x_PC + self._linear(_gelu_tanh(inner), prefix + "mlp.fc1")
-        x_PC = self._norm(x_PC, _TOWER + "encoder.final_layernorm", _TOWER_NORM_EPS)
+            prefix = f"{TOWER}encoder.blocks.{block}."
+            x_PC = x_PC + self._attention(self._norm(x_PC, prefix + "norm0", TOWER_NORM_EPS), turns_PD, prefix)
+            inner = self._linear(self._norm(x_PC, prefix + "norm1", TOWER_NORM_EPS), prefix + "mlp.fc0")
+            x_PC = x_PC + self._linear(gelu_tanh(inner), prefix + "mlp.fc1")
+        x_PC = self._norm(x_PC, TOWER + "encoder.final_layernorm", TOWER_NORM_EPS)
         embeddings_MH = self._projected(self._merged(x_PC, grid))
         self._tensors.unmap()
         return embeddings_MH
@@ -96,7 +96,7 @@ class PlainVision:
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """[P, 3, size, size] to [P, C]: a convolution that sees each patch once."""
-        name = _TOWER + "patch_embed.proj"
+        name = TOWER + "patch_embed.proj"
         return F.conv2d(
             pixels, self._weight(name + ".weight"), self._weight(name + ".bias"), stride=pixels.shape[2]
         ).flatten(1)
@@ -104,7 +104,7 @@ class PlainVision:
     def _positions(self, grid: Grid) -> torch.Tensor:
         """[P, C]: the table at this resolution, and for several frames a sinusoid of the frame."""
         frames, rows, columns = grid
-        table = self._weight(_TOWER + "patch_embed.pos_emb.weight").permute(2, 0, 1)[None]
+        table = self._weight(TOWER + "patch_embed.pos_emb.weight").permute(2, 0, 1)[None]
         if table.shape[2:] != (rows, columns):
             table = F.interpolate(table, size=(rows, columns), mode="bicubic", align_corners=False)
         spatial_PC = table[0].flatten(1).T
@@ -149,9 +149,9 @@ class PlainVision:
         return merged
 
     def _projected(self, blocks: torch.Tensor) -> torch.Tensor:
-        normed = self._norm(blocks, _PROJECTOR + "pre_norm", self._config.projector_ln_eps)
-        inner = self._linear(normed.flatten(1), _PROJECTOR + "proj.0")
-        return self._linear(inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))), _PROJECTOR + "proj.2")
+        normed = self._norm(blocks, PROJECTOR + "pre_norm", self._config.projector_ln_eps)
+        inner = self._linear(normed.flatten(1), PROJECTOR + "proj.0")
+        return self._linear(inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))), PROJECTOR + "proj.2")
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(x, self._weight(name + ".weight"), self._weight(name + ".bias"))
@@ -172,7 +172,7 @@ def _turned(x_PD: torch.Tensor, turns_PD: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * turns_PD).flatten(1)
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

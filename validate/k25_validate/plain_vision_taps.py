@@ -17,7 +17,7 @@ import torch
 
 from k25_validate.plain_checkpoint import CheckpointTensors
 from k25_validate.plain_taps import Taps
-from k25_validate.plain_vision import _PROJECTOR, _TOWER, _TOWER_NORM_EPS, Grid, PlainVision, _gelu_tanh
+from k25_validate.plain_vision import PROJECTOR, TOWER, TOWER_NORM_EPS, Grid, PlainVision, gelu_tanh
 
 Array = npt.NDArray[Any]
 
@@ -38,26 +38,26 @@ class PlainVisionTaps:
         vision, found = self._vision, dict[str, torch.Tensor]()
         x = vision._patches(torch.from_numpy(pixel_values).to(self._dtype))
         found["vision_tower.patch_embed.proj"] = x
-        found["vision_tower.patch_embed.proj.product"] = x - vision._weight(_TOWER + "patch_embed.proj.bias")
+        found["vision_tower.patch_embed.proj.product"] = x - vision._weight(TOWER + "patch_embed.proj.bias")
         x = x + vision._positions(grid)
         found["vision_tower.patch_embed"] = x
         turns = vision._turns(grid, x.shape[1])
         found |= {"cos": turns.real[:, None], "sin": turns.imag[:, None]}
         for block in range(self._config.vt_num_hidden_layers):
-            x = self._block(found, f"{_TOWER}encoder.blocks.{block}.", x, turns)
-        x = self._norm(found, _TOWER + "encoder.final_layernorm", x, _TOWER_NORM_EPS)
+            x = self._block(found, f"{TOWER}encoder.blocks.{block}.", x, turns)
+        x = self._norm(found, TOWER + "encoder.final_layernorm", x, TOWER_NORM_EPS)
         frames, rows, columns = grid
         blocks = x.unflatten(0, (frames, rows * columns))[:, self._merge_order(grid)].transpose(0, 1)
         found["merged_rows"] = x[self._merge_index(grid).flatten()]
         found["merged_frames"] = blocks
         mean = vision._merged(x, grid)
         found["merged"] = mean
-        normed = self._norm(found, _PROJECTOR + "pre_norm", mean, self._config.projector_ln_eps)
-        found[_PROJECTOR + "flat"] = normed.flatten(1)
-        inner = self._linear(found, _PROJECTOR + "proj.0", normed.flatten(1))
+        normed = self._norm(found, PROJECTOR + "pre_norm", mean, self._config.projector_ln_eps)
+        found[PROJECTOR + "flat"] = normed.flatten(1)
+        inner = self._linear(found, PROJECTOR + "proj.0", normed.flatten(1))
         gelu = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-        found[_PROJECTOR + "gelu"] = gelu
-        self._linear(found, _PROJECTOR + "proj.2", gelu)
+        found[PROJECTOR + "gelu"] = gelu
+        self._linear(found, PROJECTOR + "proj.2", gelu)
         return {name: value.double().contiguous().numpy() for name, value in found.items()}
 
     @torch.inference_mode()
@@ -74,7 +74,7 @@ class PlainVisionTaps:
     @property
     def facts(self) -> Mapping[str, Any]:
         """What the formulas take for the attributes of `k25.VisionAttention`."""
-        width = self._vision._tensors.stored(_TOWER + "encoder.final_layernorm.weight").shape[0]
+        width = self._vision._tensors.stored(TOWER + "encoder.final_layernorm.weight").shape[0]
         heads = self._config.vt_num_attention_heads
         return {"num_heads": heads, "softmax_scale": 1 / math.sqrt(width // heads)}
 
@@ -84,7 +84,7 @@ class PlainVisionTaps:
 
     def _block(self, found: dict[str, torch.Tensor], prefix: str, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         vision, heads = self._vision, self._config.vt_num_attention_heads
-        qkv = self._linear(found, prefix + "wqkv", self._norm(found, prefix + "norm0", x, _TOWER_NORM_EPS))
+        qkv = self._linear(found, prefix + "wqkv", self._norm(found, prefix + "norm0", x, TOWER_NORM_EPS))
         width = x.shape[1]
         pairs = qkv[:, : 2 * width].unflatten(1, (2 * heads, -1, 2))
         turned = torch.view_as_complex(pairs.contiguous()) * turns[:, None]
@@ -116,9 +116,9 @@ class PlainVisionTaps:
         found[prefix + "attended"] = attended
         x = x + self._linear(found, prefix + "wo", attended)
         found[prefix + "residual"] = x
-        inner = self._linear(found, prefix + "mlp.fc0", self._norm(found, prefix + "norm1", x, _TOWER_NORM_EPS))
-        found[prefix + "gelu"] = _gelu_tanh(inner)
-        x = x + self._linear(found, prefix + "mlp.fc1", _gelu_tanh(inner))
+        inner = self._linear(found, prefix + "mlp.fc0", self._norm(found, prefix + "norm1", x, TOWER_NORM_EPS))
+        found[prefix + "gelu"] = gelu_tanh(inner)
+        x = x + self._linear(found, prefix + "mlp.fc1", gelu_tanh(inner))
         found[prefix + "out"] = x
         assert vision is not None
         return x

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from k25_export.manifest import REPORTS_FOLDER, Manifest
-from k25_plugins.errors import InputError, mismatch
+from k25_plugins.errors import mismatch
 from k25_plugins.version import __version__
 from k25_runtime.backend import Backend
 from k25_runtime.bundle_files import BundleFiles
@@ -20,8 +17,18 @@ from k25_runtime.mapped_checkpoint import checkpoint_folder
 from k25_runtime.runtime import Runtime
 from k25_validate.baseline import baseline_from_file, compared_with_baseline
 from k25_validate.far_positions import far_parity, far_starts
+from k25_validate.judge import (
+    Progress,
+    ReferenceName,
+    Stream,
+    bad_weights_as_input_errors,
+    media_or_built_in,
+    opened_reference,
+    plain_of,
+    weights_are_streamed,
+)
 from k25_validate.logit_summary import figures_of_prompt, logits_summary, passage_row
-from k25_validate.media_samples import MediaSample, built_in_media
+from k25_validate.media_samples import MediaSample
 from k25_validate.parity_checks import (
     component_rows,
     expert_loads,
@@ -35,8 +42,6 @@ from k25_validate.parity_report import ParityReport
 from k25_validate.parity_walk import ParityWalk
 from k25_validate.prompt_files import BUILT_IN_PASSAGE, passages_from_file, passages_from_text, prompts_from_file
 from k25_validate.prompts import Prompt, prompts_for_bundle
-from k25_validate.read_ahead import ExpertReadAhead
-from k25_validate.reference import Reference
 from k25_validate.report_facts import machine_facts, not_checked, text_of_ids
 from k25_validate.report_rows import ComponentRow
 from k25_validate.task_rows import task_rows
@@ -47,11 +52,7 @@ from k25_validate.validation_options import ValidationOptions
 from k25_validate.walk_files import STATE_NAME, read_state, write_state
 
 if TYPE_CHECKING:
-    from k25_validate.plain_reference import PlainReference
-
-ReferenceName = Literal["plain", "transformers"]
-Stream = Literal["auto", "on", "off"]
-Progress = Callable[[str, int, int], None]
+    pass
 
 CONTEXT = 512
 BLOCK_SIZE = 32
@@ -99,12 +100,12 @@ def parity_report_from_bundle(
     check_layers(options.tolerances, {entry.name: entry.layers or () for entry in manifest.components})
     baseline = None if options.baseline is None else baseline_from_file(options.baseline)
     folder = checkpoint_folder(bundle, reference_checkpoint or checkpoint)
-    samples = _samples(manifest, samples)
+    samples = media_or_built_in(manifest, samples)
     prompts = _prompts(files, samples, options) if prompts is None else prompts
     context = max(CONTEXT, *(len(prompt.token_ids) for prompt in prompts))
     context = min(context, manifest.model.text.max_position_embeddings)
     with (
-        _bad_weights_as_input_errors(),
+        bad_weights_as_input_errors(),
         Runtime.open(
             bundle,
             checkpoint=checkpoint,
@@ -118,11 +119,11 @@ def parity_report_from_bundle(
         ) as runtime,
     ):
         _require_float32(runtime)
-        is_streamed = _is_streamed(stream, reference, manifest)
+        is_streamed = weights_are_streamed(stream, reference, manifest)
         key = validation_key(manifest, reference=reference, checkpoint=folder, options=options)
         walk_key = f"{key}|{prompts_digest(prompts)}"
-        with _opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
-            plain = _plain(judge, folder, manifest)
+        with opened_reference(reference, folder, manifest, is_streamed, progress) as judge:
+            plain = plain_of(judge, folder, manifest)
             walk = ParityWalk(runtime, judge, prompts, samples, exact=plain.exact())
             state_path = bundle / REPORTS_FOLDER / STATE_NAME
             state, figures = walk.run(
@@ -226,64 +227,6 @@ def _sequences(prompts: tuple[Prompt, ...], context: int) -> int:
 
 def _shown_tolerance(row: ComponentRow, overrides: Overrides) -> Tolerance:
     return overridden(row.tolerance, overrides, layer=row.layer)
-
-
-def _plain(judge: Reference, folder: Path, manifest: Manifest) -> PlainReference:
-    """The judge where it is the plain reference, else one: noise floor and far positions are its business.
-
-    Far positions: two float32 implementations of the frequencies differ by a unit in the last place, which is
-    0.02 radians at 262,144; the plain reference rounds angles where the op does.
-    """
-    from k25_validate.plain_reference import PlainReference
-
-    if isinstance(judge, PlainReference):
-        return judge
-    return PlainReference(folder, latent_norm_eps=manifest.model.text.latent_norm_eps)
-
-
-@contextlib.contextmanager
-def _bad_weights_as_input_errors() -> Iterator[None]:
-    """The plain reference shares no code, so it has an error of its own."""
-    from k25_validate.plain_checkpoint import PlainReferenceError
-
-    try:
-        yield
-    except PlainReferenceError as error:
-        raise InputError(f"plain reference: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened_reference(
-    name: ReferenceName, folder: Path, manifest: Manifest, is_streamed: bool, progress: Progress
-) -> Iterator[Reference]:
-    latent_norm_eps = manifest.model.text.latent_norm_eps
-    if name == "transformers":
-        from k25_validate.transformers_reference import TransformersReference
-
-        yield TransformersReference(folder, latent_norm_eps=latent_norm_eps, progress=progress)
-        return
-    from k25_validate.plain_reference import PlainReference
-
-    with ExpertReadAhead(manifest, folder) as ahead:
-        on_route = ahead.read if is_streamed else None
-        yield PlainReference(folder, latent_norm_eps=latent_norm_eps, on_route=on_route)
-
-
-def _samples(manifest: Manifest, samples: tuple[MediaSample, ...] | None) -> tuple[MediaSample, ...]:
-    vision = manifest.model.vision
-    if vision is None:
-        return ()
-    return built_in_media(vision) if samples is None else samples
-
-
-def _is_streamed(stream: Stream, reference: ReferenceName, manifest: Manifest) -> bool:
-    weights = sum(shard.bytes for shard in manifest.shards)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if reference == "transformers":
-        if stream == "on":
-            raise InputError("stream: the transformers reference holds the whole model; use the plain reference")
-        return False
-    return stream == "on" or (stream == "auto" and weights > memory)
 
 
 def _bundle_facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:

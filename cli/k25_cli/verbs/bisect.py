@@ -15,7 +15,7 @@ from k25_plugins.errors import VerificationError
 
 if TYPE_CHECKING:
     from k25_runtime.backend import Backend
-    from k25_validate.validation import ReferenceName, Stream
+    from k25_validate.judge import ReferenceName, Stream
 
 
 @click.command("bisect")
