@@ -117,9 +117,7 @@ def test_eager_bfloat16_rounds_only_the_result() -> None:
 
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     call = [torch.zeros(4, 10)] * 3
-    with pytest.raises(
-        InputError, match=r"k25\.VisionAttention: input k, axis width: expected a multiple of num_heads 3, found 10"
-    ):
+    with pytest.raises(InputError, match=r"k25\.VisionAttention: input k, axis width: .* num_heads 3, found 10"):
         torch.ops.k25.vision_attention(*call, 3, 1.0)
 
 
