@@ -67,9 +67,10 @@ K25_INLINE FixedChunk fixed_chunk(const F32 (&x)[8]) {
     nothing = nothing + x[i] * 0.0f;
   }
   const F32 factor = most >= kFixedLeast ? kFixedMost / most : zero();
+  const I32 is_finite = nothing == zero();
   I32 number[8], high[8], total{};
   for (int i = 0; i < 8; ++i) {
-    number[i] = rounded_to_whole(x[i] * factor);
+    number[i] = rounded_to_whole(x[i] * factor) & is_finite;
     high[i] = (number[i] + 128) >> 8;  // the low byte is signed
     total += number[i];
   }
