@@ -2,7 +2,8 @@
 // name replaces the function body and a combination without a kernel would be refused. They are for the CPU provider and,
 // where this library has GPU kernels, for the CUDA provider, on the stream that it hands over.
 //
-// A session takes the mode of the thread that creates it (k25_set_session_mode). Tasks run on the session's own threads.
+// A session takes the mode of the thread that creates it (k25_set_session_mode). Tasks run on the session's
+// own threads, or on the library's (k25_set_session_threads).
 // Errors come back as a status with the core's message.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_c_api.h>

@@ -11,7 +11,6 @@ namespace {
 
 // More lanes than the memory of a machine can feed; one that comes when all is done returns at once.
 constexpr size_t kMaxLanes = 64;
-constexpr size_t kMaxPhases = 4;
 // Looks before the core is given up.
 constexpr int kSpins = 2000;
 
@@ -96,6 +95,7 @@ void run_lane(void* state, size_t) {
   Region& region = *static_cast<Region*>(state);
   if (is_finished(region)) return;
   const size_t lane = __atomic_fetch_add(&region.arrived, 1, __ATOMIC_RELAXED);
+  if (lane >= kMaxLanes) return;  // lanes that somebody runs again
   if (lane > 0) {  // the first has every task
     for (size_t phase = 0; phase < region.phase_count; ++phase) region.ranges[phase][lane].span = 0;
     __atomic_fetch_or(&region.live, uint64_t{1} << lane, __ATOMIC_ACQ_REL);

@@ -23,12 +23,15 @@ struct Phase {
   size_t count;
 };
 
+constexpr size_t kMaxPhases = 4;
+
 // All tasks of a phase, in any order, then all of the next: one parallel region, whose threads are woken once. On the
 // caller's thread where `parallel` is null.
 void run_phases(const k25_parallel* parallel, const Phase* phases, size_t phase_count, void* state);
 
 template <size_t kCount>
 inline void run_phases(const k25_parallel* parallel, const Phase (&phases)[kCount], void* state) {
+  static_assert(kCount <= kMaxPhases, "as many as a region has room for");
   run_phases(parallel, phases, kCount, state);
 }
 

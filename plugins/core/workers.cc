@@ -4,8 +4,15 @@
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
+#include <unistd.h>
+
+#include <initializer_list>
 
 #include "parallel.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
 
 namespace k25 {
 namespace {
@@ -32,10 +39,44 @@ struct Pool {
   alignas(64) int32_t busy;
   int32_t sleepers;
   int32_t started;
+  bool is_full;  // the system refused another thread
+  uint64_t float_control;  // of the caller: rounding, and what becomes of denormals
   pthread_mutex_t mutex;
   pthread_cond_t changed;
 };
-Pool pool = {0, 0, 0, nullptr, nullptr, 0, 0, 0, 0, 0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+Pool pool = {0, 0, 0, nullptr, nullptr, 0, 0, 0, 0, 0, 0, false, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+
+uint64_t float_control() {
+#if defined(__x86_64__) || defined(__i386__)
+  return _mm_getcsr();
+#elif defined(__aarch64__)
+  uint64_t value;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
+#else
+  return 0;
+#endif
+}
+
+void set_float_control([[maybe_unused]] uint64_t value) {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_setcsr(static_cast<uint32_t>(value));
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" : : "r"(value));
+#endif
+}
+
+// A child has the caller's thread alone: workers are started anew when they are wanted.
+void forget_workers() {
+  pool.open = 0;
+  pool.inside = 0;
+  pool.busy = 0;
+  pool.sleepers = 0;
+  pool.started = 0;
+  pool.is_full = false;
+  pool.mutex = PTHREAD_MUTEX_INITIALIZER;
+  pool.changed = PTHREAD_COND_INITIALIZER;
+}
 
 void run_tickets() {
   for (;;) {
@@ -80,26 +121,40 @@ uint64_t call_after(uint64_t seen, int64_t* sleep_until) {
 
 void* work(void* argument) {
   const int32_t number = static_cast<int32_t>(reinterpret_cast<intptr_t>(argument));
+#if defined(__linux__)
+  cpu_set_t cores;  // of the process: the first caller may be tied to one
+  if (sched_getaffinity(getpid(), sizeof cores, &cores) == 0) sched_setaffinity(0, sizeof cores, &cores);
+#endif
   int64_t sleep_until = 0;
   for (uint64_t seen = 0;;) {
     seen = call_after(seen, &sleep_until);
     __atomic_fetch_add(&pool.inside, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&pool.open, __ATOMIC_SEQ_CST) == seen && number < pool.threads) run_tickets();
+    if (__atomic_load_n(&pool.open, __ATOMIC_SEQ_CST) == seen && number < pool.threads) {
+      set_float_control(pool.float_control);
+      run_tickets();
+    }
     __atomic_fetch_sub(&pool.inside, 1, __ATOMIC_RELEASE);
   }
   return nullptr;
 }
 
-// Fewer than asked for where the system has no more. Signals are for the threads of the program.
+// Fewer than asked for where the system has no more. Signals are for the threads of the program, but for those of faults.
 void start(int32_t threads) {
   const int32_t wanted = threads - 1 < kMostWorkers ? threads - 1 : kMostWorkers;
-  if (pool.started >= wanted) return;
+  if (pool.started >= wanted || pool.is_full) return;
+  static bool is_first = true;
+  if (is_first) pthread_atfork(nullptr, nullptr, forget_workers);
+  is_first = false;
   sigset_t all, before;
   sigfillset(&all);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   for (; pool.started < wanted; ++pool.started) {
     pthread_t thread;
-    if (pthread_create(&thread, nullptr, work, reinterpret_cast<void*>(intptr_t{pool.started} + 1)) != 0) break;
+    if (pthread_create(&thread, nullptr, work, reinterpret_cast<void*>(intptr_t{pool.started} + 1)) != 0) {
+      pool.is_full = true;
+      break;
+    }
     pthread_detach(thread);
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -115,6 +170,7 @@ bool run_on_workers(int32_t threads, k25_task task, void* state, size_t count) {
   pool.state = state;
   pool.count = count;
   pool.next = 0;
+  pool.float_control = float_control();
   const uint64_t call = pool.call + 1;
   __atomic_store_n(&pool.open, call, __ATOMIC_SEQ_CST);
   __atomic_store_n(&pool.call, call, __ATOMIC_SEQ_CST);

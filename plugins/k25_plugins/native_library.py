@@ -6,10 +6,12 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -110,6 +112,18 @@ class NativeLibrary:
     def supports(self, isa: Isa) -> bool:
         """Whether this machine, and this build, have a code path."""
         return bool(self.handle.k25_isa_supported(ISAS.index(isa)))
+
+    @contextlib.contextmanager
+    def settings_of_sessions(self, *, mode: Mode, threads: int) -> Iterator[None]:
+        """Mode and threads of the ONNX Runtime sessions that this thread makes inside."""
+        before = self.handle.k25_session_mode(), self.handle.k25_session_threads()
+        self.set_session_mode(mode)
+        self.set_session_threads(threads)
+        try:
+            yield
+        finally:
+            self.handle.k25_set_session_mode(before[0])
+            self.handle.k25_set_session_threads(before[1])
 
     def set_session_mode(self, mode: Mode) -> None:
         """The mode of the ONNX Runtime sessions that this thread makes from now on."""

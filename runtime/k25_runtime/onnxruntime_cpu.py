@@ -6,6 +6,7 @@ bodies.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,11 +111,12 @@ class OnnxRuntimeCpu(HostBackend):
 
     def load(self, data: bytes, *, label: str) -> OnnxRuntimeComponent:
         """Load a component; `InputError` where ONNX Runtime refuses the file."""
+        settings: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._native is not None:
-            self._native.set_session_mode(self._mode)
-            self._native.set_session_threads(self._threads)
+            settings = self._native.settings_of_sessions(mode=self._mode, threads=self._threads)
         try:
-            session = ort.InferenceSession(data, self._options, providers=["CPUExecutionProvider"])
+            with settings:
+                session = ort.InferenceSession(data, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InputError(f"{label}: ONNX Runtime cannot load the file: {error}") from error
         return OnnxRuntimeComponent(session, label)

@@ -1,6 +1,7 @@
 // Runs phases on threads of several kinds and checks what core/parallel.h and core/workers.h promise. Prints what is wrong.
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -77,6 +78,24 @@ void on_workers(void* context, k25_task wanted, void* state, size_t count) {
   for (size_t index = 0; index < count; ++index) wanted(state, index);
 }
 
+// Whether a thread of the pool takes part, within a second.
+struct Company {
+  pthread_t caller;
+  std::atomic<bool> found{false};
+};
+void look_for_company(void* state, size_t) {
+  Company& company = *static_cast<Company*>(state);
+  if (!pthread_equal(pthread_self(), company.caller)) company.found = true;
+  usleep(500);
+}
+bool has_company(int32_t threads) {
+  Company company{pthread_self()};
+  for (int round = 0; round < 500 && !company.found; ++round) {
+    k25::run_on_workers(threads, look_for_company, &company, 4);
+  }
+  return company.found;
+}
+
 // Tasks that follow one another in one thread's hands.
 void* owner_of[4096];
 void note_owner(void*, size_t index) {
@@ -113,6 +132,21 @@ int main(int argc, char** argv) {
     });
   }
   for (std::thread& caller : callers) caller.join();
+  if (!has_company(2)) fail("no thread of the pool takes part", 2, 0);
+  // A forked child has none of the threads, and starts its own.
+  for (const size_t wanted : {3, 6}) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      size_t threads = wanted;
+      const k25_parallel kept{on_workers, &threads};
+      for (int round = 0; round < 50; ++round) run_and_look(&kept, {40, 3});
+      _exit(errors == 0 && has_company(static_cast<int32_t>(wanted)) ? 0 : 1);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (status != 0) fail("a forked child", static_cast<size_t>(status), wanted);
+  }
   size_t two = 2;
   const k25_parallel pair{on_threads, &two};
   k25::run_parallel(&pair, note_owner, nullptr, 4096);
