@@ -9,6 +9,8 @@ import onnx
 from k25_plugins.linear import function as linear
 from k25_plugins.mla import function as mla
 from k25_plugins.moe_dispatch import function as moe_dispatch
+from k25_plugins.rms_norm import function as rms_norm
+from k25_plugins.router import function as router
 from k25_plugins.signatures import DOMAIN, VERSION
 from k25_plugins.vision_attention import function as vision_attention
 
@@ -22,6 +24,8 @@ _BODIES: dict[str, str] = {
     "MoEDispatch": moe_dispatch.BODY,
     "MLA": mla.BODY,
     "VisionAttention": vision_attention.BODY,
+    "RMSNorm": rms_norm.BODY,
+    "Router": router.BODY,
 }
 _CALLS: dict[str, tuple[str, ...]] = {"MoEDispatch": ("DequantizeInt4",)}
 

@@ -208,6 +208,15 @@ def _derive_vision_attention(attributes: Mapping[str, Any], sizes: Sizes) -> Siz
     return {"head_dim": width // heads}
 
 
+def _derive_router(attributes: Mapping[str, Any], sizes: Sizes) -> Sizes:
+    experts, top_k = sizes["experts"], attributes["top_k"]
+    if isinstance(experts, int) and not 1 <= top_k <= experts:
+        raise InputError(
+            f"{DOMAIN}.Router: attribute top_k: expected 1 to the {experts} experts of input logits, found {top_k}"
+        )
+    return {}
+
+
 def _spec(name: str, dtype: str, *shape: str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
@@ -280,4 +289,32 @@ VISION_ATTENTION = OpSignature(
     derive=_derive_vision_attention,
 )
 
-OPS: tuple[OpSignature, ...] = (MLA, MOE_DISPATCH, LINEAR, VISION_ATTENTION)
+RMS_NORM = OpSignature(
+    name="RMSNorm",
+    folder="rms_norm",
+    inputs=(
+        _spec("x", "T", "...", "size"),
+        _spec("weight", "bfloat16", "size"),
+    ),
+    outputs=(_spec("y", "T", "...", "size"),),
+    attributes=_attributes(eps="float"),
+    plugin=False,
+)
+
+ROUTER = OpSignature(
+    name="Router",
+    folder="router",
+    inputs=(
+        _spec("logits", "float32", "tokens", "experts"),
+        _spec("bias", "float32", "experts"),
+    ),
+    outputs=(
+        _spec("expert_ids", "int32", "tokens", "top_k"),
+        _spec("expert_weights", "float32", "tokens", "top_k"),
+    ),
+    attributes=_attributes(top_k="int", normalise="int", scaling_factor="float"),
+    plugin=False,
+    derive=_derive_router,
+)
+
+OPS: tuple[OpSignature, ...] = (MLA, MOE_DISPATCH, LINEAR, VISION_ATTENTION, RMS_NORM, ROUTER)

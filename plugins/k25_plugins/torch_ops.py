@@ -1,4 +1,4 @@
-"""The `k25` operators as `torch.library` ops: `torch.ops.k25.mla`, `.moe_dispatch`, `.linear`, `.vision_attention`.
+"""The `k25` operators as `torch.library` ops: `torch.ops.k25.mla`, `.moe_dispatch`, `.linear` and so on.
 
 Importing this module registers them: schema and fake kernel from the signature table, the eager reference as the
 implementation. The fake kernel works on meta weights and symbolic sizes, so a model traces without weight memory.
@@ -16,6 +16,8 @@ from k25_plugins.errors import InputError
 from k25_plugins.linear.reference import linear
 from k25_plugins.mla.reference import mla
 from k25_plugins.moe_dispatch.reference import moe_dispatch
+from k25_plugins.rms_norm.reference import rms_norm
+from k25_plugins.router.reference import router
 from k25_plugins.signatures import DOMAIN, OpSignature
 from k25_plugins.vision_attention.reference import vision_attention
 
@@ -24,6 +26,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     signatures.MOE_DISPATCH.name: moe_dispatch,
     signatures.LINEAR.name: linear,
     signatures.VISION_ATTENTION.name: vision_attention,
+    signatures.RMS_NORM.name: rms_norm,
+    signatures.ROUTER.name: router,
 }
 
 

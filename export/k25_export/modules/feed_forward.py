@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
 
 
 class Router(nn.Module):
-    """Top-k of sigmoid scores plus a selection bias; the weights come from the scores without it.
+    """`k25.Router` on the logits: top-k of sigmoid scores plus a selection bias; the weights are without it.
 
     Float32 throughout. Returns expert ids int32 [T, K] and weights float32 [T, K], best first.
     """
@@ -40,12 +40,11 @@ class Router(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts), requires_grad=False)
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        scores_TE = torch.sigmoid(torch.ops.k25.linear(x_TH.float(), self.weight))
-        ids_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.normalise:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids_TK.to(torch.int32), weights_TK * self.scaling_factor
+        logits_TE = torch.ops.k25.linear(x_TH.float(), self.weight)
+        ids_TK, weights_TK = torch.ops.k25.router(
+            logits_TE, self.e_score_correction_bias, self.top_k, int(self.normalise), self.scaling_factor
+        )
+        return ids_TK, weights_TK
 
 
 class MixtureOfExperts(nn.Module):

@@ -1,0 +1,1 @@
+"""`k25.Router`: the experts of each token and their weights, from the router's logits."""
