@@ -27,6 +27,8 @@ union Attributes {
   k25_mla_attributes mla;
   k25_moe_dispatch_attributes moe_dispatch;
   k25_vision_attention_attributes vision_attention;
+  k25_rms_norm_attributes rms_norm;
+  k25_router_attributes router;
 };
 
 struct Kernel {
@@ -107,6 +109,18 @@ OrtStatus* read_vision_attention(const OrtKernelInfo* info, Kernel& kernel) {
                            : status;
 }
 
+OrtStatus* read_rms_norm(const OrtKernelInfo* info, Kernel& kernel) {
+  return api->KernelInfoGetAttribute_float(info, "eps", &kernel.attributes.rms_norm.eps);
+}
+
+OrtStatus* read_router(const OrtKernelInfo* info, Kernel& kernel) {
+  k25_router_attributes& attributes = kernel.attributes.router;
+  OrtStatus* status = read_int(info, "top_k", &attributes.top_k);
+  if (status == nullptr) status = read_int(info, "normalise", &attributes.normalise);
+  return status == nullptr ? api->KernelInfoGetAttribute_float(info, "scaling_factor", &attributes.scaling_factor)
+                           : status;
+}
+
 const Functions kFunctions[] = {
     {&kLinear, read_linear,
      [](const k25_tensor* inputs, const Kernel&, k25_tensor* outputs, k25_message message) {
@@ -163,6 +177,24 @@ const Functions kFunctions[] = {
      },
      nullptr, nullptr},
 #endif
+    {&kRMSNorm, read_rms_norm,
+     [](const k25_tensor* inputs, const Kernel& kernel, k25_tensor* outputs, k25_message message) {
+       return k25_rms_norm_outputs(inputs, &kernel.attributes.rms_norm, outputs, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, const k25_cpu_options* options,
+        k25_message message) {
+       return k25_rms_norm_cpu(inputs, &kernel.attributes.rms_norm, outputs, options, message);
+     },
+     nullptr, nullptr},
+    {&kRouter, read_router,
+     [](const k25_tensor* inputs, const Kernel& kernel, k25_tensor* outputs, k25_message message) {
+       return k25_router_outputs(inputs, &kernel.attributes.router, outputs, message);
+     },
+     [](const k25_tensor* inputs, const Kernel& kernel, const k25_tensor* outputs, const k25_cpu_options* options,
+        k25_message message) {
+       return k25_router_cpu(inputs, &kernel.attributes.router, outputs, options, message);
+     },
+     nullptr, nullptr},
 };
 [[maybe_unused]] const Read kUnused[] = {read_mla, read_vision_attention};
 
@@ -359,19 +391,22 @@ struct Domain {
 
   Domain() {
     status = api->CreateCustomOpDomain("k25", &domain);
-    for (const Functions& functions : kFunctions) add_all(functions, false);
-    if (k25_gpu_kernel_count() == 0) return;
+    // A session of the CUDA provider would take an operator for the CPU alone, and copy its tensors there and back: the
+    // body of standard operators is better there.
+    const bool with_gpu = k25_gpu_kernel_count() > 0;
     for (const Functions& functions : kFunctions) {
-      if (functions.gpu_launch != nullptr) add_all(functions, true);
+      if (with_gpu && functions.gpu_launch == nullptr) continue;
+      add_all(functions, false);
+      if (with_gpu) add_all(functions, true);
     }
   }
 
   void add_all(const Functions& functions, bool on_cuda) {
     const int32_t types[] = {K25_FLOAT32, K25_BFLOAT16};
-    const bool two = functions.signature->type_parameter_count == 2;
+    const int32_t parameters = functions.signature->type_parameter_count;
     for (const int32_t t : types) {
       for (const int32_t tc : types) {
-        if (status != nullptr || (!two && tc != K25_FLOAT32)) continue;
+        if (status != nullptr || (parameters < 1 && t != K25_FLOAT32) || (parameters < 2 && tc != K25_FLOAT32)) continue;
         Operator& op = operators[count++];
         describe(op, functions, t, tc, on_cuda);
         status = api->CustomOpDomain_Add(domain, &op);

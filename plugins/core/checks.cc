@@ -156,6 +156,16 @@ k25_status positive(const Signature& op, const char* name, int64_t value, k25_me
               static_cast<long long>(value));
 }
 
+// Of an operator whose inputs and outputs say everything.
+k25_status outputs_of(const Signature& op, const k25_tensor* inputs, k25_tensor* outputs, k25_message message) {
+  Sizes sizes;
+  int32_t types[2] = {0, 0};
+  k25_status status = bind(op, inputs, sizes, types, message);
+  if (status == K25_OK) status = check_sizes(op, inputs, sizes, message);
+  if (status == K25_OK) write_outputs(op, inputs, sizes, types, outputs);
+  return status;
+}
+
 }  // namespace
 
 k25_status fail(k25_status status, k25_message message, const char* format, ...) {
@@ -246,12 +256,7 @@ k25_status k25_moe_dispatch_outputs(const k25_tensor inputs[6], const k25_moe_di
 }
 
 k25_status k25_linear_outputs(const k25_tensor inputs[2], k25_tensor outputs[1], k25_message message) {
-  Sizes sizes;
-  int32_t types[2] = {0, 0};
-  k25_status status = bind(kLinear, inputs, sizes, types, message);
-  if (status == K25_OK) status = check_sizes(kLinear, inputs, sizes, message);
-  if (status == K25_OK) write_outputs(kLinear, inputs, sizes, types, outputs);
-  return status;
+  return outputs_of(kLinear, inputs, outputs, message);
 }
 
 k25_status k25_vision_attention_outputs(const k25_tensor inputs[3], const k25_vision_attention_attributes* attributes,
@@ -272,6 +277,29 @@ k25_status k25_vision_attention_outputs(const k25_tensor inputs[3], const k25_vi
   }
   status = check_sizes(kVisionAttention, inputs, sizes, message);
   if (status == K25_OK) write_outputs(kVisionAttention, inputs, sizes, types, outputs);
+  return status;
+}
+
+k25_status k25_rms_norm_outputs(const k25_tensor inputs[2], const k25_rms_norm_attributes*, k25_tensor outputs[1],
+                                k25_message message) {
+  return outputs_of(kRMSNorm, inputs, outputs, message);
+}
+
+k25_status k25_router_outputs(const k25_tensor inputs[2], const k25_router_attributes* attributes,
+                              k25_tensor outputs[2], k25_message message) {
+  Sizes sizes;
+  int32_t types[2] = {0, 0};
+  k25_status status = bind(kRouter, inputs, sizes, types, message);
+  if (status != K25_OK) return status;
+  const int64_t experts = sizes[kSize_experts], top_k = attributes->top_k;
+  if (top_k < 1 || top_k > experts) {
+    return fail(K25_INVALID, message,
+                "k25.Router: attribute top_k: expected 1 to the %lld experts of input logits, found %lld",
+                static_cast<long long>(experts), static_cast<long long>(top_k));
+  }
+  sizes[kSize_top_k] = top_k;
+  status = check_sizes(kRouter, inputs, sizes, message);
+  if (status == K25_OK) write_outputs(kRouter, inputs, sizes, types, outputs);
   return status;
 }
 

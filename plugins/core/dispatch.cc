@@ -25,6 +25,8 @@ struct Kernels {
   decltype(&portable::moe_dispatch) moe_dispatch;
   decltype(&portable::linear) linear;
   decltype(&portable::vision_attention) vision_attention;
+  decltype(&portable::rms_norm) rms_norm;
+  decltype(&portable::router) router;
 };
 
 #if defined(K25_HAS_MLA)
@@ -37,7 +39,8 @@ struct Kernels {
 #else
 #define K25_VISION_ATTENTION_OF(ns) nullptr
 #endif
-#define K25_KERNELS_OF(ns) {K25_MLA_OF(ns), ns::moe_dispatch, ns::linear, K25_VISION_ATTENTION_OF(ns)}
+#define K25_KERNELS_OF(ns) \
+  {K25_MLA_OF(ns), ns::moe_dispatch, ns::linear, K25_VISION_ATTENTION_OF(ns), ns::rms_norm, ns::router}
 
 // By k25_isa - 1.
 constexpr Kernels kKernels[] = {
@@ -131,6 +134,13 @@ k25_status check_data(const Signature& op, const k25_tensor* inputs, const k25_t
   return K25_OK;
 }
 
+// What every kernel wants first; `checked` is what its k25_*_outputs said.
+k25_status prepare(const Signature& op, k25_status checked, const k25_tensor* inputs, const k25_tensor* outputs,
+                   const k25_cpu_options* options, const Kernels** kernels, k25_message message) {
+  if (checked == K25_OK) checked = check_data(op, inputs, outputs, message);
+  return checked == K25_OK ? choose(options, kernels, message) : checked;
+}
+
 thread_local k25_mode session_mode = K25_FAST;
 thread_local int32_t session_threads = 0;
 
@@ -159,9 +169,8 @@ k25_status k25_mla_cpu(const k25_tensor inputs[7], const k25_mla_attributes* att
                        const k25_cpu_options* options, k25_message message) {
   k25_tensor wanted[2];
   const Kernels* kernels = nullptr;
-  k25_status status = k25_mla_outputs(inputs, attributes, wanted, message);
-  if (status == K25_OK) status = check_data(kMLA, inputs, outputs, message);
-  if (status == K25_OK) status = choose(options, &kernels, message);
+  const k25_status checked = k25_mla_outputs(inputs, attributes, wanted, message);
+  const k25_status status = prepare(kMLA, checked, inputs, outputs, options, &kernels, message);
   if (status != K25_OK) return status;
   if (kernels->mla == nullptr) return no_kernel("MLA", message);
   return kernels->mla(inputs, attributes, outputs, options, message);
@@ -171,9 +180,8 @@ k25_status k25_moe_dispatch_cpu(const k25_tensor inputs[6], const k25_moe_dispat
                                 const k25_tensor outputs[1], const k25_cpu_options* options, k25_message message) {
   k25_tensor wanted[1];
   const Kernels* kernels = nullptr;
-  k25_status status = k25_moe_dispatch_outputs(inputs, attributes, wanted, message);
-  if (status == K25_OK) status = check_data(kMoEDispatch, inputs, outputs, message);
-  if (status == K25_OK) status = choose(options, &kernels, message);
+  const k25_status checked = k25_moe_dispatch_outputs(inputs, attributes, wanted, message);
+  const k25_status status = prepare(kMoEDispatch, checked, inputs, outputs, options, &kernels, message);
   return status == K25_OK ? kernels->moe_dispatch(inputs, attributes, outputs, options, message) : status;
 }
 
@@ -181,9 +189,8 @@ k25_status k25_linear_cpu(const k25_tensor inputs[2], const k25_tensor outputs[1
                           k25_message message) {
   k25_tensor wanted[1];
   const Kernels* kernels = nullptr;
-  k25_status status = k25_linear_outputs(inputs, wanted, message);
-  if (status == K25_OK) status = check_data(kLinear, inputs, outputs, message);
-  if (status == K25_OK) status = choose(options, &kernels, message);
+  const k25_status checked = k25_linear_outputs(inputs, wanted, message);
+  const k25_status status = prepare(kLinear, checked, inputs, outputs, options, &kernels, message);
   return status == K25_OK ? kernels->linear(inputs, outputs, options, message) : status;
 }
 
@@ -192,12 +199,29 @@ k25_status k25_vision_attention_cpu(const k25_tensor inputs[3], const k25_vision
                                     k25_message message) {
   k25_tensor wanted[1];
   const Kernels* kernels = nullptr;
-  k25_status status = k25_vision_attention_outputs(inputs, attributes, wanted, message);
-  if (status == K25_OK) status = check_data(kVisionAttention, inputs, outputs, message);
-  if (status == K25_OK) status = choose(options, &kernels, message);
+  const k25_status checked = k25_vision_attention_outputs(inputs, attributes, wanted, message);
+  const k25_status status = prepare(kVisionAttention, checked, inputs, outputs, options, &kernels, message);
   if (status != K25_OK) return status;
   if (kernels->vision_attention == nullptr) return no_kernel("VisionAttention", message);
   return kernels->vision_attention(inputs, attributes, outputs, options, message);
+}
+
+k25_status k25_rms_norm_cpu(const k25_tensor inputs[2], const k25_rms_norm_attributes* attributes,
+                            const k25_tensor outputs[1], const k25_cpu_options* options, k25_message message) {
+  k25_tensor wanted[1];
+  const Kernels* kernels = nullptr;
+  const k25_status checked = k25_rms_norm_outputs(inputs, attributes, wanted, message);
+  const k25_status status = prepare(kRMSNorm, checked, inputs, outputs, options, &kernels, message);
+  return status == K25_OK ? kernels->rms_norm(inputs, attributes, outputs, options, message) : status;
+}
+
+k25_status k25_router_cpu(const k25_tensor inputs[2], const k25_router_attributes* attributes,
+                          const k25_tensor outputs[2], const k25_cpu_options* options, k25_message message) {
+  k25_tensor wanted[2];
+  const Kernels* kernels = nullptr;
+  const k25_status checked = k25_router_outputs(inputs, attributes, wanted, message);
+  const k25_status status = prepare(kRouter, checked, inputs, outputs, options, &kernels, message);
+  return status == K25_OK ? kernels->router(inputs, attributes, outputs, options, message) : status;
 }
 
 }  // extern "C"

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a struct or a function below does. */
-#define K25_ABI_VERSION 2
+#define K25_ABI_VERSION 3
 
 /* Element types, as numbered by ONNX (TensorProto.DataType). */
 enum { K25_FLOAT32 = 1, K25_INT32 = 6, K25_INT64 = 7, K25_BFLOAT16 = 16 };
@@ -69,6 +69,16 @@ typedef struct {
   int64_t num_heads;
   float softmax_scale;
 } k25_vision_attention_attributes;
+
+typedef struct {
+  float eps;
+} k25_rms_norm_attributes;
+
+typedef struct {
+  int64_t top_k;
+  int64_t normalise; /* 0 or not */
+  float scaling_factor;
+} k25_router_attributes;
 
 /* Runs task(state, 0) ... task(state, count - 1), each once, in any order, on any threads, and returns when all are
  * done. What a task computes never depends on the number of threads: results are bitwise the same for any. */
@@ -130,6 +140,10 @@ K25_API k25_status k25_linear_outputs(const k25_tensor inputs[2], k25_tensor out
 K25_API k25_status k25_vision_attention_outputs(const k25_tensor inputs[3],
                                                 const k25_vision_attention_attributes* attributes,
                                                 k25_tensor outputs[1], k25_message message);
+K25_API k25_status k25_rms_norm_outputs(const k25_tensor inputs[2], const k25_rms_norm_attributes* attributes,
+                                        k25_tensor outputs[1], k25_message message);
+K25_API k25_status k25_router_outputs(const k25_tensor inputs[2], const k25_router_attributes* attributes,
+                                      k25_tensor outputs[2], k25_message message);
 
 /* CPU kernels. Outputs hold data pointers of the right size. cache_out may be the cache: then it is updated in place.
  * Values that index memory (positions, query_start, block_table, table) are checked before they are used. */
@@ -144,6 +158,11 @@ K25_API k25_status k25_vision_attention_cpu(const k25_tensor inputs[3],
                                             const k25_vision_attention_attributes* attributes,
                                             const k25_tensor outputs[1], const k25_cpu_options* options,
                                             k25_message message);
+K25_API k25_status k25_rms_norm_cpu(const k25_tensor inputs[2], const k25_rms_norm_attributes* attributes,
+                                    const k25_tensor outputs[1], const k25_cpu_options* options, k25_message message);
+/* Ids are distinct experts whatever the logits are; of equal scores the lower id comes first, and NaN counts as the largest. */
+K25_API k25_status k25_router_cpu(const k25_tensor inputs[2], const k25_router_attributes* attributes,
+                                  const k25_tensor outputs[2], const k25_cpu_options* options, k25_message message);
 
 /* GPU launches: data pointers are device addresses, `stream` a CUstream. Nothing is allocated and nothing waits, so
  * they may be captured in a CUDA graph. `workspace` has k25_*_gpu_workspace bytes (a bound over all shapes up to the

@@ -19,6 +19,10 @@
                     k25_message message);                                                                              \
   k25_status vision_attention(const k25_tensor inputs[3], const k25_vision_attention_attributes* attributes,           \
                               const k25_tensor outputs[1], const k25_cpu_options* options, k25_message message);       \
+  k25_status rms_norm(const k25_tensor inputs[2], const k25_rms_norm_attributes* attributes,                           \
+                      const k25_tensor outputs[1], const k25_cpu_options* options, k25_message message);               \
+  k25_status router(const k25_tensor inputs[2], const k25_router_attributes* attributes, const k25_tensor outputs[2],  \
+                    const k25_cpu_options* options, k25_message message);                                              \
   }                                                                                                                    \
   }
 

@@ -24,6 +24,8 @@ from k25_plugins.native_library import (
     MoeDispatchAttributes,
     NativeLibrary,
     Parallel,
+    RmsNormAttributes,
+    RouterAttributes,
     Tensor,
     VisionAttentionAttributes,
 )
@@ -39,6 +41,12 @@ _CODES: dict[np.dtype[Any], int] = {
 }
 _DTYPES: dict[int, np.dtype[Any]] = {code: dtype for dtype, code in _CODES.items()}
 _SIGNATURES = {op.name: op for op in OPS}
+_STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "MoEDispatch": MoeDispatchAttributes,
+    "VisionAttention": VisionAttentionAttributes,
+    "RMSNorm": RmsNormAttributes,
+    "Router": RouterAttributes,
+}
 _FAILURES: dict[int, type[K25Error]] = {1: InputError, 2: BackendMissingError}
 _MESSAGE_BYTES = 512
 
@@ -121,8 +129,7 @@ def attribute_arguments(signature: OpSignature, attributes: Mapping[str, Any]) -
             len(frequencies),
         )
         return (ctypes.byref(values),), (values, frequencies)
-    structures = {"MoEDispatch": MoeDispatchAttributes, "VisionAttention": VisionAttentionAttributes}
-    if signature.name not in structures:
+    if signature.name not in _STRUCTURES:
         return (), None
-    others = structures[signature.name](*(attributes[spec.name] for spec in signature.attributes))
+    others = _STRUCTURES[signature.name](*(attributes[spec.name] for spec in signature.attributes))
     return (ctypes.byref(others),), others

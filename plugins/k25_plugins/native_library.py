@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from k25_plugins.errors import InputError
 
 #: K25_ABI_VERSION of the header that this file was written for.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 #: `off` runs the function bodies even where the library is there; `on` (the default) or a path of a library.
 NATIVE_VARIABLE = "K25_NATIVE"
@@ -72,6 +72,18 @@ class VisionAttentionAttributes(ctypes.Structure):
     """`k25_vision_attention_attributes`."""
 
     _fields_ = (("num_heads", ctypes.c_int64), ("softmax_scale", ctypes.c_float))
+
+
+class RmsNormAttributes(ctypes.Structure):
+    """`k25_rms_norm_attributes`."""
+
+    _fields_ = (("eps", ctypes.c_float),)
+
+
+class RouterAttributes(ctypes.Structure):
+    """`k25_router_attributes`."""
+
+    _fields_ = (("top_k", ctypes.c_int64), ("normalise", ctypes.c_int64), ("scaling_factor", ctypes.c_float))
 
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
@@ -41,15 +42,15 @@ def batch_from_chunks(
     `media` holds, for each chunk, what stands among its tokens.
     """
     counts = [len(tokens) for _, tokens in chunks]
-    positions = [np.arange(sequence.length, sequence.length + len(tokens)) for sequence, tokens in chunks]
+    positions = [row for sequence, tokens in chunks for row in range(sequence.length, sequence.length + len(tokens))]
     width = max(len(sequence.blocks) for sequence, _ in chunks)
     table = np.zeros((len(chunks), width), np.int32)
     for row, (sequence, _) in enumerate(chunks):
         table[row, : len(sequence.blocks)] = sequence.blocks
     return Batch(
-        token_ids=np.concatenate([np.asarray(tokens, np.int32) for _, tokens in chunks]),
-        positions=np.concatenate(positions).astype(np.int32),
-        query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        token_ids=np.array([token for _, tokens in chunks for token in tokens], np.int32),
+        positions=np.array(positions, np.int32),
+        query_start=np.array([0, *itertools.accumulate(counts)], np.int32),
         block_table=table,
         media=None if media is None else joined_media(list(zip(counts, media, strict=True))),
     )

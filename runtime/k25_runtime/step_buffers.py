@@ -12,7 +12,7 @@ import numpy as np
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor
 
 #: Larger tensors are made anew: their work outweighs making them, and all layers' would add up.
-LARGEST_BYTES = 2**18
+LARGEST_BYTES = 2**20
 
 
 class StepBuffers:
@@ -25,10 +25,17 @@ class StepBuffers:
         self._inputs: dict[str, HostTensor] = {}
         self._tensors: list[HostTensor] = []
         self._next: int | None = None
+        self._all_are_kept = True
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether every tensor of the step was one that the next of the same shapes gets, too."""
+        return self._all_are_kept
 
     def begin(self, inputs: Mapping[str, HostTensor]) -> dict[str, HostTensor]:
         """The step's inputs, copied into the arrays of the last step's where they fit."""
         self._next = 0
+        self._all_are_kept = True
         return {name: self._input(name, tensor) for name, tensor in inputs.items()}
 
     def end(self, result: HostTensor | None) -> HostTensor | None:
@@ -53,6 +60,8 @@ class StepBuffers:
         if tensor.array.nbytes <= LARGEST_BYTES:
             self._tensors[index : index + 1] = [tensor]
             self._next = index + 1
+        else:
+            self._all_are_kept = False
         return tensor
 
     def _input(self, name: str, tensor: HostTensor) -> HostTensor:
@@ -61,6 +70,7 @@ class StepBuffers:
             kept.array[...] = tensor.array
             return kept
         if tensor.array.nbytes > LARGEST_BYTES:
+            self._all_are_kept = False
             return tensor
         kept = HostTensor(tensor.array.copy(), tensor.dtype)
         self._inputs[name] = kept
