@@ -24,7 +24,8 @@ ubsan=$("$compiler" -print-file-name=libubsan.so)
 stdcpp=$("$compiler" -print-file-name=libstdc++.so.6)
 [ -f "$asan" ] || fail "$compiler has no libasan.so"
 [ $# -gt 0 ] || set -- tests/plugins/test_native_linear.py tests/plugins/test_native_moe_dispatch.py \
-  tests/plugins/test_native_mla.py tests/plugins/test_native_vision_attention.py
+  tests/plugins/test_native_mla.py tests/plugins/test_native_vision_attention.py tests/plugins/test_native_rms_norm.py \
+  tests/plugins/test_native_router.py
 # Python itself leaks by design and is not built for this.
 LD_PRELOAD="$asan $ubsan $stdcpp" ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 \
   UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 K25_NATIVE="$PWD/$build/libk25_ops.so" OMP_NUM_THREADS=1 \

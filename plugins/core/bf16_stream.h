@@ -82,62 +82,96 @@ struct RowReader<true> {
 };
 #endif
 
-template <int M, bool kAcrossLines>
-K25_INLINE void stream_row_from(const uint16_t* row, int64_t in, const float* const* x, float* out) {
+// The products of a row with M activations, lane by lane. kIsLast: nothing may be read after it.
+template <int M, bool kIsLast, class Reader>
+K25_INLINE void add_row(Reader& reader, const uint16_t* row, int64_t in, const float* const* x, F32* totals) {
   constexpr int kChains = W == 16 ? 4 : 2;  // chunks that are summed apart, since a sum takes longer than a chunk
   F32 total[kChains][M];
   for (int chain = 0; chain < kChains; ++chain) {
     for (int m = 0; m < M; ++m) total[chain][m] = zero();
   }
-  const auto add = [&](int chain, int64_t column, F32 even, F32 odd) __attribute__((always_inline)) {
+  F32 even, odd;
+  const auto add = [&](int chain, int64_t column) __attribute__((always_inline)) {
     for (int m = 0; m < M; ++m) {
       total[chain][m] = fma(even, load(x[m] + column), total[chain][m]);
       total[chain][m] = fma(odd, load(x[m] + column + W), total[chain][m]);
     }
   };
-  RowReader<kAcrossLines> reader(row);
-  F32 even, odd;
   int64_t column = 0;
   int64_t left = in / kSplitChunk;
   for (; left > kChains; left -= kChains) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain, column += kSplitChunk) {
       reader.next(&even, &odd);
-      add(chain, column, even, odd);
+      add(chain, column);
     }
   }
 #pragma GCC unroll 4
   for (int chain = 0; chain < kChains; ++chain) {
-    if (chain >= left) break;
-    chain + 1 < left ? reader.next(&even, &odd) : reader.last(&even, &odd);
-    add(chain, column, even, odd);
-    column += kSplitChunk;
+    if (chain < left) {
+      kIsLast && chain + 1 == left ? reader.last(&even, &odd) : reader.next(&even, &odd);
+      add(chain, column + chain * kSplitChunk);
+    }
   }
+  column += left * kSplitChunk;
   if (column < in) {
     load_tail(row + column, in - column, &even, &odd);
-    add(0, column, even, odd);
+    add(0, column);
   }
   for (int m = 0; m < M; ++m) {
     for (int chain = 1; chain < kChains; ++chain) total[0][m] = total[0][m] + total[chain][m];
-    out[m] = sum(total[0][m]);
+    totals[m] = total[0][m];
   }
 }
 
-// Dot products of M activations in split order with one row of `in` weights.
-template <int M>
-static inline void stream_row(const uint16_t* row, int64_t in, const float* const* x, float* out) {
-#if K25_HAS_LINES
-  if (is_across_lines(row, in / kSplitChunk)) return stream_row_from<M, true>(row, in, x, out);
-#endif
-  stream_row_from<M, false>(row, in, x, out);
+template <int M, bool kAcrossLines>
+static void stream_rows_from(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, float* out) {
+  constexpr int kBlock = M == 4 ? 1 : M == 2 ? 2 : 4;  // rows whose sums over lanes are made together, four at a time
+  const bool goes_on = in % kSplitChunk == 0;           // where a row ends, the next one begins
+  RowReader<kAcrossLines> reader(rows);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    F32 totals[kBlock * M];
+    const int block = static_cast<int>(count - first < kBlock ? count - first : kBlock);
+    for (int r = block; r < kBlock; ++r) {
+      for (int m = 0; m < M; ++m) totals[r * M + m] = zero();
+    }
+    for (int r = 0; r < block; ++r) {
+      const uint16_t* row = rows + (first + r) * in;
+      if (goes_on && first + r + 1 < count) {
+        add_row<M, false>(reader, row, in, x, totals + r * M);
+      } else {
+        if (!goes_on) reader = RowReader<kAcrossLines>(row);
+        add_row<M, true>(reader, row, in, x, totals + r * M);
+      }
+    }
+    float found[kBlock * M];
+    for (int four = 0; four < kBlock * M; four += 4) {
+      const F32 values[4] = {totals[four], totals[four + 1], totals[four + 2], totals[four + 3]};
+      sum_four(values, found + four);
+    }
+    memcpy(out + first * M, found, sizeof(float) * static_cast<size_t>(block * M));
+  }
 }
 
-K25_INLINE void stream_row_of(int tokens, const uint16_t* row, int64_t in, const float* const* x, float* out) {
+// out[row][m]: dot products of `count` rows of `in` weights, which lie together, with M activations in split order.
+template <int M>
+static inline void stream_rows(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, float* out) {
+#if K25_HAS_LINES
+  const int64_t chunks = in / kSplitChunk;
+  if (is_across_lines(rows, in % kSplitChunk == 0 ? count * chunks : chunks)) {
+    return stream_rows_from<M, true>(rows, count, in, x, out);
+  }
+#endif
+  stream_rows_from<M, false>(rows, count, in, x, out);
+}
+
+K25_INLINE void stream_rows_of(int tokens, const uint16_t* rows, int64_t count, int64_t in, const float* const* x,
+                               float* out) {
   switch (tokens) {
-    case 1: return stream_row<1>(row, in, x, out);
-    case 2: return stream_row<2>(row, in, x, out);
-    case 3: return stream_row<3>(row, in, x, out);
-    default: return stream_row<4>(row, in, x, out);
+    case 1: return stream_rows<1>(rows, count, in, x, out);
+    case 2: return stream_rows<2>(rows, count, in, x, out);
+    case 3: return stream_rows<3>(rows, count, in, x, out);
+    default: return stream_rows<4>(rows, count, in, x, out);
   }
 }
 

@@ -122,7 +122,7 @@ K25_API k25_mode k25_session_mode(void);
 
 /* The threads of ONNX Runtime sessions that this thread creates from now on. 0, the default: those of the session. Else so
  * many, up to 64, the calling one among them: the others are this library's own, one set for all sessions, and stay awake for some
- * 60 us after a call, so that the operators of a step need not wake them. A session that finds them at work for another
+ * 200 us after a call, so that the operators of a step need not wake them. A session that finds them at work for another
  * takes its own threads. */
 K25_API void k25_set_session_threads(int32_t threads);
 K25_API int32_t k25_session_threads(void);

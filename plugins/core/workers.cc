@@ -18,9 +18,9 @@ namespace k25 {
 namespace {
 
 constexpr int32_t kMostWorkers = 63;
-// How long a worker looks for the next call before it sleeps: operators of a decode step are 1 to 30 us apart, and waking
-// a thread takes 4 to 10.
-constexpr int64_t kAwakeNanoseconds = 60000;
+// How long a worker looks for the next call before it sleeps: operators of a decode step are 1 to 30 us apart, steps 100 to
+// 200, and waking a thread takes 4 to 10.
+constexpr int64_t kAwakeNanoseconds = 200000;
 constexpr int kLooks = 32;  // between two looks at the clock; then others may have the core
 constexpr int64_t kLostNanoseconds = 30000;  // between two looks: somebody had it
 constexpr int64_t kCalmNanoseconds = 20000000;

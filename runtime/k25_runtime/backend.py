@@ -13,8 +13,8 @@ from k25_export.manifest import ComponentEntry, Precision, read_bundle_file
 from k25_runtime.host_tensor import STORAGE_DTYPES, HostTensor
 from k25_runtime.step_limits import StepLimits
 
-#: A function of tensors by name that returns one tensor, or None. It runs instances and does nothing else: a backend may
-#: repeat what it ran on tensors of the same shapes (a captured graph, bindings as they are).
+#: A function of tensors by name that returns one tensor, or None. It runs instances and does nothing else: a backend
+#: may repeat what it ran on tensors of the same shapes (a captured graph, bindings as they are).
 Step = Callable[[Mapping[str, Any]], Any]
 
 

@@ -33,6 +33,8 @@ class PlacedMedia:
 
 def joined_media(parts: Sequence[tuple[int, PlacedMedia | None]]) -> PlacedMedia | None:
     """Media of (number of tokens, media) parts that are put one behind the other; None where none has any."""
+    if all(media is None for _, media in parts):
+        return None
     starts = np.cumsum([0, *(count for count, _ in parts)])
     found = [(start, media) for start, (_, media) in zip(starts[:-1], parts, strict=True) if media is not None]
     found = [(start, media) for start, media in found if len(media.positions)]

@@ -1,7 +1,7 @@
 """What the last step ran, so that the next one of the same shapes need not find it out again.
 
-In Python a decode step asks for buffers, gathers the inputs of each component and compares them with what is bound, only
-to find all as it was; its code and objects have been washed out of the caches by the weights meanwhile.
+In Python a decode step asks for buffers, gathers the inputs of each component and compares them with what is bound,
+only to find all as it was; its code and objects have been washed out of the caches by the weights meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RepeatedStep:
         self._is_noting = True
 
     def ran(self, instance: Repeatable) -> None:
-        """An instance has run. One that runs twice in a step is bound to its last buffers only: no such step is kept."""
+        """An instance has run. One that runs twice is bound to its last buffers only: no such step is kept."""
         if not self._is_noting or any(run() is instance for run in self._runs):
             self.forget()
         else:

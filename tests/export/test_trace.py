@@ -21,7 +21,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from google.protobuf.message import Message
-from onnx import numpy_helper
+from onnx import inliner, numpy_helper
 
 from k25_export.checkpoint import checkpoint_from_folder
 from k25_export.component_specs import component_specs
@@ -170,12 +170,13 @@ def test_nodes_of_our_domain_are_counted_and_marked(exported: ExportedFiles, com
     model = model_of(exported, component, precision)
     ours = [node for node in model.graph.node if node.domain]
     assert {node.domain for node in ours} <= {"k25"}
-    # Linear: q_a, q_b, kv_a, o and three of the (shared) MLP; kv_b is MLA's own. The rest of the router is plain ONNX.
+    # Linear: q_a, q_b, kv_a, o, three of the (shared) MLP and the router's; kv_b is MLA's own.
+    # RMSNorm: before attention and MLP, and those of the latents of q and kv.
     expected = {
         "embed": {},
-        "dense_layer": {"MLA": 1, "Linear": 7},
-        "moe_layer": {"MLA": 1, "MoEDispatch": 1, "Linear": 8},
-        "head": {"Linear": 1},
+        "dense_layer": {"MLA": 1, "Linear": 7, "RMSNorm": 4},
+        "moe_layer": {"MLA": 1, "MoEDispatch": 1, "Linear": 8, "RMSNorm": 4, "Router": 1},
+        "head": {"Linear": 1, "RMSNorm": 1},
     }[component]
     assert Counter(node.op_type for node in ours) == expected
     for node in ours:
@@ -234,8 +235,22 @@ def test_checker_and_shape_inference_pass(exported: ExportedFiles, component: st
     assert [value.name for value in inferred.graph.output] == [name for name, _, _ in outputs]
 
 
+def inlined(model: onnx.ModelProto, op: str) -> onnx.ModelProto:
+    """With the body of this op, from the file, in place of its nodes."""
+    made: onnx.ModelProto = inliner.inline_selected_functions(model, [("k25", op)])
+    assert op in {node.op_type for node in model.graph.node} - {node.op_type for node in made.graph.node}
+    return made
+
+
 def constants(graph: onnx.GraphProto) -> dict[str, Array]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    """Values of initializers and of `Constant` nodes."""
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            (value,) = (onnx.helper.get_attribute_value(item) for item in node.attribute)
+            is_tensor = isinstance(value, onnx.TensorProto)
+            found[node.output[0]] = numpy_helper.to_array(value) if is_tensor else np.array(value)
+    return found
 
 
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
@@ -245,11 +260,17 @@ def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 @each_precision
 def test_the_guard_of_the_router_survives(exported: ExportedFiles, precision: str) -> None:
     # weights = s / (sum of s + 1e-20): without it, scores that all underflow divide zero by zero.
-    graph = model_of(exported, "moe_layer", precision).graph
+    graph = inlined(model_of(exported, "moe_layer", precision), "Router").graph
     made, values = producers(graph), constants(graph)
-    guards = [node for node in graph.node if node.op_type == "Div" and made[node.input[1]].op_type == "Add"]
-    assert len(guards) == 1
-    add = made[guards[0].input[1]]
+    quotients = [node for node in graph.node if node.op_type == "Div"]
+    assert len(quotients) == 1
+    choice = made[quotients[0].input[1]]  # the sum where weights are normalised, else 1
+    assert choice.op_type == "Where"
+    assert made[choice.input[0]].op_type == "Cast"
+    assert values[made[choice.input[0]].input[0]] == 1  # and they are
+    assert values[choice.input[2]] == 1
+    add = made[choice.input[1]]
+    assert add.op_type == "Add"
     summed = [name for name in add.input if name in made and made[name].op_type == "ReduceSum"]
     guard = [values[name] for name in add.input if name in values]
     assert len(summed) == len(guard) == 1
@@ -260,25 +281,33 @@ def test_the_guard_of_the_router_survives(exported: ExportedFiles, precision: st
 @each_precision
 @pytest.mark.parametrize("component", ["dense_layer", "moe_layer", "head"])
 def test_norms_have_their_own_epsilons_and_are_float32(exported: ExportedFiles, component: str, precision: str) -> None:
-    model = onnx.shape_inference.infer_shapes(model_of(exported, component, precision))
-    graph = model.graph
+    model = model_of(exported, component, precision)
+    # Layer norms 1e-5 (rms_norm_eps); q_a_layernorm and kv_a_layernorm 1e-6.
+    stems = ["input_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm", "post_attention_layernorm"]
+    wanted = dict(zip(stems, [1e-5, 1e-6, 1e-6, 1e-5], strict=True))
+    wanted = {"model.norm": 1e-5} if component == "head" else wanted
+    norms = [node for node in model.graph.node if node.op_type == "RMSNorm"]
+    found = {
+        node.input[1]: {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute} for node in norms
+    }
+    assert found == {f"{stem}.weight": {"eps": np.float32(epsilon)} for stem, epsilon in wanted.items()}
+    # And in what the file's body makes of them.
+    graph = onnx.shape_inference.infer_shapes(inlined(model, "RMSNorm")).graph
     values, types = constants(graph), {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     types |= {value.name: value.type.tensor_type.elem_type for value in graph.input}
     epsilons = []
     for node in graph.node:
         if node.op_type == "ReduceMean":
-            assert types[node.input[0]] == onnx.TensorProto.FLOAT
+            assert types[node.input[0]] == types[node.output[0]] == onnx.TensorProto.FLOAT
             users = [user for user in graph.node if node.output[0] in user.input]
             assert [user.op_type for user in users] == ["Add"]
             epsilons += [float(values[name]) for name in users[0].input if name in values]
-    # Layer norms 1e-5 (rms_norm_eps); q_a_layernorm and kv_a_layernorm 1e-6.
-    expected = [1e-5] if component == "head" else [1e-5, 1e-6, 1e-6, 1e-5]
-    np.testing.assert_allclose(epsilons, expected, rtol=1e-6)
+    np.testing.assert_allclose(epsilons, list(wanted.values()), rtol=1e-6)
 
 
 @each_precision
 def test_the_router_is_float32(exported: ExportedFiles, precision: str) -> None:
-    graph = onnx.shape_inference.infer_shapes(model_of(exported, "moe_layer", precision)).graph
+    graph = onnx.shape_inference.infer_shapes(inlined(model_of(exported, "moe_layer", precision), "Router")).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     made = producers(graph)
     top_k = [node for node in graph.node if node.op_type == "TopK"]
@@ -330,6 +359,12 @@ def test_attributes_are_those_of_the_configuration(exported: ExportedFiles, comp
         found = {item.name: onnx.helper.get_attribute_value(item) for item in nodes["MoEDispatch"].attribute}
         assert found["intermediate_size"] == text["moe_intermediate_size"]
         assert found["group_size"] == 32
+        found = {item.name: onnx.helper.get_attribute_value(item) for item in nodes["Router"].attribute}
+        assert found == {
+            "top_k": text["num_experts_per_tok"],
+            "normalise": int(text["norm_topk_prob"]),
+            "scaling_factor": np.float32(text["routed_scaling_factor"]),
+        }
 
 
 @pytest.mark.parametrize(

@@ -443,8 +443,9 @@ def test_refusals_name_what_is_wrong(gpu: FakeGpu) -> None:
     with pytest.raises(K25Error, match=r"mla_rotate_append_.*: CUDA error 700: an illegal memory access"):
         attention_call(gpu)
     gpu.driver.fake_failure(b"", 0)
-    with pytest.raises(BackendMissingError, match=r"MLA, MoEDispatch, Linear only"):
-        launch(gpu.library, "VisionAttention", [], [], {})
+    for op in ("VisionAttention", "RMSNorm", "Router"):
+        with pytest.raises(BackendMissingError, match=rf"k25.{op}: .* MLA, MoEDispatch, Linear only"):
+            launch(gpu.library, op, [], [], {})
     assert gpu.launches() == []
 
 

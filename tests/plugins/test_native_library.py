@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,23 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
 from native_calls import INVALID, LIBRARY_OR_NONE, REASON, UNAVAILABLE, Named, call, named
-from test_signatures import CALLS, WRONG_DTYPES, WRONG_SIZES, inferred
+from test_signatures import BY_NAME, CALLS, WRONG_DTYPES, WRONG_SIZES, inferred
 
 from k25_plugins import native_library, native_signatures
 from k25_plugins.errors import InputError
+from k25_plugins.native_calls import call_native
 from k25_plugins.native_library import (
     LIBRARY,
     MlaAttributes,
+    Mode,
     MoeDispatchAttributes,
     NativeLibrary,
+    RmsNormAttributes,
+    RouterAttributes,
     VisionAttentionAttributes,
     load_library,
 )
-from k25_plugins.signatures import OPS
+from k25_plugins.onnx_functions import functions_for
+from k25_plugins.signatures import ONNX_DTYPES, OPS, ROUTER, OpSignature
 
 needs_library = pytest.mark.skipif(LIBRARY_OR_NONE is None, reason=REASON)
 FOLDERS = {signature.name: signature.folder for signature in OPS}
@@ -49,13 +56,15 @@ def test_version_and_path() -> None:
 
 
 def attributes_of(op: str) -> Any:
-    import ctypes
-
     values = CALLS[op][1]
     if op == "MoEDispatch":
         return MoeDispatchAttributes(values["intermediate_size"], values["group_size"])
     if op == "VisionAttention":
         return VisionAttentionAttributes(values["num_heads"], values["softmax_scale"])
+    if op == "RMSNorm":
+        return RmsNormAttributes(values["eps"])
+    if op == "Router":
+        return RouterAttributes(values["top_k"], values["normalise"], values["scaling_factor"])
     if op == "MLA":
         frequencies = (ctypes.c_float * len(values["inv_freq"]))(*values["inv_freq"])
         return MlaAttributes(
@@ -69,12 +78,12 @@ def attributes_of(op: str) -> Any:
     return None
 
 
-def refused(op: str, **changes: tuple[list[int], str]) -> str:
+def refused(op: str, attributes: Any = None, **changes: tuple[list[int], str]) -> str:
     """The library's message for a call that must not be accepted."""
     ports = {**CALLS[op][0], **changes}
     inputs = [Named(np.zeros(shape, STORAGE[dtype]), dtype) for shape, dtype in ports.values()]
     outputs = [Named(np.zeros(1, np.float32), "float32") for _ in range(2)]
-    status, message = call(FOLDERS[op], inputs, outputs, attributes_of(op))
+    status, message = call(FOLDERS[op], inputs, outputs, attributes or attributes_of(op))
     assert status == INVALID, message
     return message
 
@@ -111,10 +120,23 @@ def test_a_width_that_is_no_multiple_of_the_heads_is_refused_as_in_python() -> N
 
 
 @needs_library
+@pytest.mark.parametrize("top_k", [-(2**63), -1, 0, 11, 2**32 + 3, 2**63 - 1])
+def test_a_choice_of_no_or_too_many_experts_is_refused_as_in_python(top_k: int) -> None:
+    ports, values = CALLS["Router"]
+    shapes, dtypes = [shape for shape, _ in ports.values()], [dtype for _, dtype in ports.values()]
+    with pytest.raises(InputError, match="attribute top_k: expected 1 to the 10 experts") as caught:
+        ROUTER.infer_outputs(shapes, dtypes, {**values, "top_k": top_k})
+    assert refused("Router", RouterAttributes(top_k, 1, 2.5)) == str(caught.value)
+    # It comes before a size that does not fit, and after a dtype that does not.
+    assert refused("Router", RouterAttributes(top_k, 1, 2.5), bias=([9], "float32")) == str(caught.value)
+    assert "bias: expected dtype" in refused("Router", RouterAttributes(top_k, 1, 2.5), bias=([10], "bfloat16"))
+
+
+@needs_library
 @pytest.mark.parametrize(("op", "port"), [(op, port) for op, (ports, _) in CALLS.items() for port in ports])
 def test_a_wrong_rank_and_an_empty_axis_are_refused(op: str, port: str) -> None:
     shape, dtype = CALLS[op][0][port]
-    if (op, port) != ("Linear", "x"):
+    if (op, port) not in (("Linear", "x"), ("RMSNorm", "x")):
         assert f"k25.{op}: input {port}: expected axes [" in refused(op, **{port: ([*shape, 1], dtype)})
     assert f"k25.{op}: input {port}: expected no empty axis" in refused(op, **{port: ([0, *shape[1:]], dtype)})
 
@@ -176,6 +198,143 @@ def test_a_bad_index_is_a_status_of_onnx_runtime() -> None:
     values["i4"] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros((1000, 4), np.uint16), 16)
     with pytest.raises(Exception, match=r"k25\.MoEDispatch: input expert_ids, token 1.*0\.\.2, found 9"):
         run.run_with_ort_values(None, values)
+
+
+def session_of(
+    op: str, inputs: list[Named], outputs: list[str], *, bodies: bool, native: bool = True, **attributes: Any
+) -> ort.InferenceSession:
+    """A model of one node with its function body or without, over the library or not."""
+    assert LIBRARY_OR_NONE is not None
+    helper, kinds = onnx.helper, ONNX_DTYPES
+    names = [spec.name for spec in BY_NAME[op].inputs]
+    ports = [
+        helper.make_tensor_value_info(name, kinds[tensor.dtype], [None] * tensor.array.ndim)
+        for name, tensor in zip(names, inputs, strict=True)
+    ]
+    results = [
+        helper.make_tensor_value_info(spec.name, kinds[dtype], None)
+        for spec, dtype in zip(BY_NAME[op].outputs, outputs, strict=True)
+    ]
+    node = helper.make_node(op, names, [value.name for value in results], domain="k25", **attributes)
+    model = helper.make_model(
+        helper.make_graph([node], "g", ports, results),
+        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("k25", 1)],
+        functions=functions_for([op]) if bodies else [],
+        ir_version=10,
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    if native:
+        options.register_custom_ops_library(str(LIBRARY_OR_NONE.path))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(run: ort.InferenceSession, inputs: list[Named]) -> list[npt.NDArray[Any]]:
+    """Outputs; bfloat16 as bits."""
+    typed = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+    values = {
+        port.name: typed(np.array(tensor.array, order="C"), ONNX_DTYPES[tensor.dtype])
+        for port, tensor in zip(run.get_inputs(), inputs, strict=True)
+    }
+    found = run.run_with_ort_values(None, values)
+    if any(value.data_type() == "tensor(bfloat16)" for value in found):
+        arrays = [np.empty(value.shape(), np.uint16) for value in found]
+        for value, array in zip(found, arrays, strict=True):
+            ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+        return arrays
+    return [value.numpy() for value in found]
+
+
+def random_inputs(op: str, dtype: str) -> list[Named]:
+    generator = np.random.default_rng(0)
+    if op == "Router":
+        logits, bias = generator.normal(size=(130, 385)), generator.normal(scale=0.1, size=385)
+        return [named(logits.astype(np.float32), "float32"), named(bias.astype(np.float32), "float32")]
+    x, weight = generator.normal(size=(5, 33, 331)), generator.normal(size=331)
+    return [named(x.astype(np.float32), dtype), named(weight.astype(np.float32), "bfloat16")]
+
+
+#: With GPU kernels, ops that have none run from their bodies.
+cpu_library = pytest.mark.skipif(
+    LIBRARY_OR_NONE is None or LIBRARY_OR_NONE.handle.k25_gpu_kernel_count() > 0,
+    reason="no native library, or one with GPU kernels",
+)
+
+
+@cpu_library
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("bodies", [True, False], ids=["with body", "without"])
+@pytest.mark.parametrize(
+    ("op", "dtype", "attributes"),
+    [
+        ("RMSNorm", "float32", {"eps": 1e-5}),
+        ("RMSNorm", "bfloat16", {"eps": 0.5}),
+        ("Router", "float32", {"top_k": 8, "normalise": 1, "scaling_factor": 2.827}),
+        ("Router", "float32", {"top_k": 3, "normalise": 0, "scaling_factor": 1.5}),
+    ],
+)
+def test_a_session_has_the_bits_of_the_kernel(
+    op: str, dtype: str, attributes: dict[str, Any], bodies: bool, mode: Mode
+) -> None:
+    assert LIBRARY_OR_NONE is not None
+    inputs = random_inputs(op, dtype)
+    outputs = [dtype] if op == "RMSNorm" else ["int32", "float32"]
+    wanted = call_native(LIBRARY_OR_NONE, op, [tensor.array for tensor in inputs], attributes, mode=mode)
+    for threads in (0, 3):
+        with LIBRARY_OR_NONE.settings_of_sessions(mode=mode, threads=threads):
+            run = session_of(op, inputs, outputs, bodies=bodies, **attributes)
+        for _ in range(3):
+            for one, other in zip(run_session(run, inputs), wanted, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@needs_library
+@pytest.mark.parametrize("op", ["RMSNorm", "Router"])
+def test_the_body_computes_the_same_without_the_library(op: str) -> None:
+    inputs = random_inputs(op, "float32")
+    outputs = ["float32"] if op == "RMSNorm" else ["int32", "float32"]
+    found, wanted = (
+        run_session(session_of(op, inputs, outputs, bodies=True, native=native, **CALLS[op][1]), inputs)
+        for native in (True, False)
+    )
+    assert len(found) == len(wanted) == len(outputs)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@cpu_library
+def test_a_bad_attribute_is_a_status_of_onnx_runtime() -> None:
+    inputs = random_inputs("Router", "float32")
+    attributes: dict[str, Any] = {"normalise": 1, "scaling_factor": 1.0}
+    for top_k in (0, 386):
+        run = session_of("Router", inputs, ["int32", "float32"], bodies=False, top_k=top_k, **attributes)
+        message = rf"k25\.Router: attribute top_k: expected 1 to the 385 experts of input logits, found {top_k}"
+        with pytest.raises(Exception, match=message):
+            run_session(run, inputs)
+    some: list[dict[str, Any]] = [{"normalise": 1}, {"scaling_factor": 1.0}]
+    for missing in some:
+        with pytest.raises(Exception, match=r"normalise|scaling_factor"):
+            session_of("Router", inputs, ["int32", "float32"], bodies=False, top_k=3, **missing)
+    with pytest.raises(Exception, match="eps"):
+        session_of("RMSNorm", random_inputs("RMSNorm", "float32"), ["float32"], bodies=False)
+
+
+@cpu_library
+@pytest.mark.parametrize("signature", OPS, ids=[signature.name for signature in OPS])
+def test_every_choice_of_dtypes_has_one_kernel(signature: OpSignature) -> None:
+    ports, attributes = CALLS[signature.name]
+    for dtypes in signature.overloads():
+        inputs = [
+            Named(np.zeros([1] * len(ports[spec.name][0]), np.int32), dtypes.get(spec.dtype, spec.dtype))
+            for spec in signature.inputs
+        ]
+        outputs = [dtypes.get(spec.dtype, spec.dtype) for spec in signature.outputs]
+        session_of(signature.name, inputs, outputs, bodies=False, **attributes)
+        changed = ["int64" if dtype == outputs[0] else dtype for dtype in outputs]
+        with pytest.raises(Exception, match="int64"):
+            session_of(signature.name, inputs, changed, bodies=False, **attributes)
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:

@@ -98,6 +98,25 @@ SPECIFIED = {
         overloads=2,
         is_plugin=False,
     ),
+    "RMSNorm": Specified(
+        torch_schema="k25::rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+        inputs=(("x", "T"), ("weight", "bfloat16")),
+        outputs=(("y", "T"),),
+        attributes=(("eps", "float"),),
+        overloads=2,
+        is_plugin=False,
+    ),
+    "Router": Specified(
+        torch_schema=(
+            "k25::router(Tensor logits, Tensor bias, int top_k, int normalise, float scaling_factor) "
+            "-> (Tensor, Tensor)"
+        ),
+        inputs=(("logits", "float32"), ("bias", "float32")),
+        outputs=(("expert_ids", "int32"), ("expert_weights", "float32")),
+        attributes=(("top_k", "int"), ("normalise", "int"), ("scaling_factor", "float")),
+        overloads=1,
+        is_plugin=False,
+    ),
 }
 ONNX_TYPES = {
     "float32": "tensor(float)",
@@ -314,6 +333,11 @@ CALLS: Mapping[str, tuple[dict[str, tuple[list[int], str]], dict[str, Any]]] = {
         {"q": ([7, 36], "float32"), "k": ([7, 36], "float32"), "v": ([7, 36], "float32")},
         {"num_heads": 3, "softmax_scale": 0.2},
     ),
+    "RMSNorm": ({"x": ([7, 36], "float32"), "weight": ([36], "bfloat16")}, {"eps": 1e-6}),
+    "Router": (
+        {"logits": ([7, 10], "float32"), "bias": ([10], "float32")},
+        {"top_k": 3, "normalise": 1, "scaling_factor": 2.5},
+    ),
 }
 BY_NAME = {signature.name: signature for signature in OPS}
 
@@ -333,6 +357,10 @@ def test_outputs_have_the_specified_shapes_and_dtypes() -> None:
     assert inferred("Linear", x=([2, 3, 96], "bfloat16")) == [((2, 3, 50), "bfloat16")]
     assert inferred("Linear", x=([96], "float32")) == [((50,), "float32")]
     assert inferred("VisionAttention") == [((7, 36), "float32")]
+    assert inferred("RMSNorm") == [((7, 36), "float32")]
+    assert inferred("RMSNorm", x=([2, 3, 36], "bfloat16")) == [((2, 3, 36), "bfloat16")]
+    assert inferred("RMSNorm", x=([36], "float32")) == [((36,), "float32")]
+    assert inferred("Router") == [((7, 3), "int32"), ((7, 3), "float32")]
 
 
 @pytest.mark.parametrize(("t", "tc"), [(t, tc) for t in ("float32", "bfloat16") for tc in ("float32", "bfloat16")])
@@ -357,6 +385,9 @@ WRONG_DTYPES = [
     ("MoEDispatch", "scales", "float32"),
     ("MoEDispatch", "table", "int32"),
     ("Linear", "weight", "float32"),
+    ("RMSNorm", "weight", "float32"),
+    ("Router", "logits", "bfloat16"),
+    ("Router", "bias", "bfloat16"),
 ]
 
 
@@ -383,7 +414,9 @@ def test_a_wrong_rank_is_refused(name: str, port: str) -> None:
             assert part in message, (part, message)
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("MoEDispatch", [7, 96, 1]), ("MoEDispatch", [7]), ("Linear", [])])
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("MoEDispatch", [7, 96, 1]), ("MoEDispatch", [7]), ("Linear", []), ("RMSNorm", [])]
+)
 def test_a_wrong_rank_of_x_is_refused(name: str, wrong: list[int]) -> None:
     with pytest.raises(InputError, match=rf"k25\.{name}.*\bx\b.*expected.*found"):
         inferred(name, x=(wrong, "float32"))
@@ -409,6 +442,10 @@ WRONG_SIZES = [
     ("VisionAttention", "v", 0, "v", 7, 8),
     ("VisionAttention", "q", 1, "q", 36, 37),
     ("VisionAttention", "v", 1, "v", 36, 37),
+    ("RMSNorm", "weight", 0, "weight", 36, 37),
+    ("RMSNorm", "x", 1, "weight", 37, 36),
+    ("Router", "bias", 0, "bias", 10, 11),
+    ("Router", "logits", 1, "bias", 11, 10),
 ]
 
 
@@ -434,6 +471,17 @@ def test_attributes_that_do_not_fit_the_sizes_are_refused(changes: dict[str, Any
             [dtype for _, dtype in ports.values()],
             {**MLA_ATTRIBUTES, **changes},
         )
+
+
+@pytest.mark.parametrize("top_k", [-1, 0, 11])
+def test_a_choice_of_no_or_too_many_experts_is_refused(top_k: int) -> None:
+    ports, attributes = CALLS["Router"]
+    shapes, dtypes = [shape for shape, _ in ports.values()], [dtype for _, dtype in ports.values()]
+    with pytest.raises(InputError) as caught:
+        BY_NAME["Router"].infer_outputs(shapes, dtypes, {**attributes, "top_k": top_k})
+    message = str(caught.value)
+    for part in ("k25.Router", "attribute top_k", "expected 1 to the 10 experts", f"found {top_k}"):
+        assert part in message, (part, message)
 
 
 @each_op

@@ -65,11 +65,26 @@ def vision_attention_call(*, t: torch.dtype = torch.float32, device: str = "cpu"
     return torch.ops.k25.vision_attention.default, [*(tensor.to(device) for tensor in tensors), 3, 0.5]
 
 
+def rms_norm_call(*, t: torch.dtype = torch.float32, device: str = "cpu") -> Call:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 24).to(t), torch.randn(24).bfloat16()]
+    return torch.ops.k25.rms_norm.default, [*(tensor.to(device) for tensor in tensors), 1e-5]
+
+
+def router_call(*, t: torch.dtype = torch.float32, device: str = "cpu") -> Call:
+    """Three of ten experts. Logits are float32 whatever the activations are."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(7, 10), torch.randn(10)]
+    return torch.ops.k25.router.default, [*(tensor.to(device) for tensor in tensors), 3, 1, 2.5]
+
+
 CALLS: dict[str, Callable[..., Call]] = {
     "mla": mla_call,
     "moe_dispatch": moe_call,
     "linear": linear_call,
     "vision_attention": vision_attention_call,
+    "rms_norm": rms_norm_call,
+    "router": router_call,
 }
 each_call = pytest.mark.parametrize("name", CALLS)
 
@@ -81,6 +96,9 @@ each_call = pytest.mark.parametrize("name", CALLS)
         ("moe_dispatch", torch.bfloat16),
         ("linear", torch.float32),
         ("vision_attention", torch.bfloat16),
+        ("rms_norm", torch.float32),
+        ("rms_norm", torch.bfloat16),
+        ("router", torch.float32),
     ],
 )
 def test_opcheck(name: str, t: torch.dtype) -> None:
@@ -149,6 +167,8 @@ def test_empty_axes_are_refused(name: str) -> None:
         ("moe_dispatch", 5, r"k25\.MoEDispatch: input table, axis .*: expected 6, found 5"),
         ("linear", 1, r"k25\.Linear: input weight, axis .*: expected 24, found 23"),
         ("vision_attention", 2, r"k25\.VisionAttention: input v, axis .*: expected 12, found 11"),
+        ("rms_norm", 1, r"k25\.RMSNorm: input weight, axis size: expected 24, found 23"),
+        ("router", 1, r"k25\.Router: input bias, axis experts: expected 10, found 9"),
     ],
 )
 def test_wrong_sizes_are_refused_with_expected_and_found(name: str, index: int, message: str) -> None:
@@ -162,7 +182,7 @@ def test_wrong_sizes_are_refused_with_expected_and_found(name: str, index: int, 
 def test_wrong_sizes_are_refused_while_tracing(name: str) -> None:
     # Under a fake mode torch turns the check into its own error; it must still name the operator and the sizes.
     op, arguments = CALLS[name]()
-    index = {"mla": 3, "moe_dispatch": 5, "linear": 1, "vision_attention": 2}[name]
+    index = {"mla": 3, "moe_dispatch": 5, "linear": 1, "vision_attention": 2, "rms_norm": 1, "router": 1}[name]
     arguments[index] = arguments[index][..., :-1]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]

@@ -13,44 +13,34 @@ from typing import Any
 from fault_edits import (
     Build,
     beta_fast_of_one,
-    bfloat16_linear,
+    bfloat16,
     bfloat16_router,
     bfloat16_sum_of_experts,
     bind,
-    blocks_of_the_neighbour,
     body,
     build_from,
-    change_batches,
-    change_vision_inputs,
-    damage_scale,
+    centre_the_norm,
     drop_the_shared_expert,
+    eps_outside_the_root,
     exact_gelu,
     exchange_kv_b,
-    exchange_rows_and_columns,
-    flip_a_bit,
-    function,
     graph,
     ignore_the_bias,
     lose_the_normalisation,
     lose_the_offset,
     lose_the_scaling_factor,
     manifest,
-    merge_down_first,
-    misplace_a_block,
     mscale,
-    nan_first,
     no_yarn,
     norm_weight_plus_one,
     of_first_layer,
-    other_kernel,
-    positions_one_late,
     residual_after_norm,
     reverse_nibbles,
     roll_scales,
     rotate_halves,
-    round_to_bfloat16,
     scale_softmax,
     see_the_future,
+    set_attribute,
     set_eps,
     set_input,
     set_op,
@@ -58,14 +48,28 @@ from fault_edits import (
     shift_scales,
     sigmoid_for_silu,
     skip_the_final_norm,
+    skip_the_latent_norm,
     smallest_experts,
     softmax_router,
     swap_dense_gate_and_up,
     swap_expert_columns,
     swap_two_experts,
-    time_of_one_frame,
     weigh_with_the_bias,
     wrong_frequencies,
+)
+from fault_runtime import (
+    blocks_of_the_neighbour,
+    change_batches,
+    change_vision_inputs,
+    damage_scale,
+    exchange_rows_and_columns,
+    flip_a_bit,
+    merge_down_first,
+    misplace_a_block,
+    nan_first,
+    other_kernel,
+    positions_one_late,
+    time_of_one_frame,
 )
 
 
@@ -96,6 +100,9 @@ def _fault(name: str, inject: Callable[[Build], None], where: str, kind: str, **
 _MLA = "moe_layer k25.MLA self_attn.attended|cache_out"
 _CACHE = _MLA
 _EXPERTS = "moe_layer k25.MoEDispatch mlp.experts"
+_NORM = "moe_layer k25.RMSNorm input_layernorm"
+_ROUTER = "moe_layer k25.Router mlp.gate.ids|mlp.gate.weights"
+_WEIGHTS = "moe_layer k25.Router mlp.gate.weights"
 _DEQUANTIZE = "DequantizeInt4"
 
 FAULTS: tuple[Fault, ...] = (
@@ -125,7 +132,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _fault(
         "kernel: bf16 vision attention",
-        other_kernel(lambda model: round_to_bfloat16(function(model, "VisionAttention").node, "out_float")),
+        other_kernel(bfloat16("VisionAttention", "out_float")),
         "vision k25.VisionAttention vision_tower.encoder.blocks.0.attended",
         "kernel",
     ),
@@ -222,50 +229,70 @@ FAULTS: tuple[Fault, ...] = (
     _fault(
         "eps 1e-5 for 1e-6",
         graph("moe_layer", set_eps(1e-6, 1e-5)),
-        "moe_layer Add self_attn.q_a_layernorm.plus_eps",
-        "constant",
+        "moe_layer k25.RMSNorm self_attn.q_a_layernorm",
+        "attribute",
+        stage="plus_eps",
+    ),
+    _fault("eps 1e-6 for 1e-5", graph("moe_layer", set_eps(1e-5, 1e-6)), _NORM, "attribute", stage="plus_eps"),
+    _fault(
+        "eps 1e-6 for 1e-5 in the head",
+        graph("head", set_eps(1e-5, 1e-6)),
+        "head k25.RMSNorm model.norm",
+        "attribute",
+        stage="plus_eps",
     ),
     _fault(
-        "eps 1e-6 for 1e-5",
-        graph("moe_layer", set_eps(1e-5, 1e-6)),
-        "moe_layer Add input_layernorm.plus_eps",
-        "constant",
+        "eps 1e-6 for 1e-5 in one norm",
+        graph("moe_layer", set_attribute("RMSNorm", "eps", 1e-6, "post_attention_layernorm.weight")),
+        "moe_layer k25.RMSNorm post_attention_layernorm",
+        "attribute",
+        stage="plus_eps",
+    ),
+    _fault("eps outside the root", graph("moe_layer", eps_outside_the_root), _NORM, "graph", stage="root"),
+    _fault("norm with the mean taken off", graph("moe_layer", centre_the_norm), _NORM, "graph", stage="wide"),
+    _fault("norm weight plus one", graph("moe_layer", norm_weight_plus_one), _NORM, "graph", stage="weight_x"),
+    _fault("bf16 norm", graph("moe_layer", bfloat16("RMSNorm", "normed")), _NORM, "graph", stage="normed"),
+    _fault(
+        "norm weight of another norm",
+        manifest(
+            bind("moe_layer", "input_layernorm.weight", lambda name, entry: name.replace("input", "post_attention"))
+        ),
+        _NORM,
+        "binding",
     ),
     _fault(
-        "eps 1e-6 for 1e-5 in the head", graph("head", set_eps(1e-5, 1e-6)), "head Add model.norm.plus_eps", "constant"
-    ),
-    _fault(
-        "norm weight plus one", graph("moe_layer", norm_weight_plus_one), "moe_layer Add self_attn.latent", "wiring"
+        "latent norm skipped", graph("moe_layer", skip_the_latent_norm), "moe_layer Concat self_attn.latent", "wiring"
     ),
     _fault(
         "residual after the norm", graph("moe_layer", residual_after_norm), "moe_layer Add attention_residual", "wiring"
     ),
-    _fault("router bias ignored", graph("moe_layer", ignore_the_bias), "moe_layer Add mlp.gate.biased", "wiring"),
+    _fault("router bias ignored", graph("moe_layer", ignore_the_bias), _ROUTER, "graph", stage="biased"),
     _fault(
-        "router bias in the weights",
-        graph("moe_layer", weigh_with_the_bias),
-        "moe_layer GatherElements mlp.gate.chosen",
-        "wiring",
+        "router bias of another layer",
+        manifest(bind("moe_layer", "mlp.gate.e_score_correction_bias", of_first_layer)),
+        _ROUTER,
+        "binding",
+    ),
+    _fault("router bias in the weights", graph("moe_layer", weigh_with_the_bias), _WEIGHTS, "graph", stage="chosen"),
+    _fault(
+        "scaling factor lost",
+        graph("moe_layer", lose_the_scaling_factor),
+        _WEIGHTS,
+        "attribute",
+        stage="expert_weights",
     ),
     _fault(
-        "scaling factor lost", graph("moe_layer", lose_the_scaling_factor), "moe_layer Mul mlp.gate.weights", "constant"
+        "weights not normalised", graph("moe_layer", lose_the_normalisation), _WEIGHTS, "attribute", stage="divisor"
     ),
-    _fault(
-        "weights not normalised", graph("moe_layer", lose_the_normalisation), "moe_layer Mul mlp.gate.weights", "wiring"
-    ),
-    _fault(
-        "softmax for sigmoid in the router",
-        graph("moe_layer", softmax_router),
-        "moe_layer Softmax mlp.gate.scores",
-        "wiring",
-    ),
-    _fault("smallest experts", graph("moe_layer", smallest_experts), "moe_layer TopK mlp.gate.ids", "graph"),
+    _fault("softmax for sigmoid in the router", graph("moe_layer", softmax_router), _ROUTER, "graph", stage="scores"),
+    _fault("smallest experts", graph("moe_layer", smallest_experts), _ROUTER, "graph", stage="ids"),
+    _fault("bf16 router scores", graph("moe_layer", bfloat16("Router", "scores")), _ROUTER, "graph", stage="scores"),
     _fault("shared expert dropped", graph("moe_layer", drop_the_shared_expert), "moe_layer Add mlp", "wiring"),
     _fault("sigmoid for SiLU", graph("moe_layer", sigmoid_for_silu), "moe_layer Mul mlp.shared_experts.silu", "wiring"),
     _fault("final norm skipped", graph("head", skip_the_final_norm), "head k25.Linear lm_head", "wiring"),
     _fault(
         "bf16 accumulation",
-        graph("dense_layer", bfloat16_linear),
+        graph("dense_layer", bfloat16("Linear", "y")),
         "dense_layer k25.Linear self_attn.q_a_proj",
         "graph",
         stage="y",
@@ -276,10 +303,24 @@ FAULTS: tuple[Fault, ...] = (
     _fault("one NaN", damage_scale(nan_first, both=True), _EXPERTS, "checkpoint"),
     _fault(
         "kernel: bf16 accumulation",
-        other_kernel(bfloat16_linear),
+        other_kernel(bfloat16("Linear", "y")),
         "dense_layer k25.Linear self_attn.q_a_proj",
         "kernel",
     ),
+    _fault(
+        "kernel: bf16 norm",
+        other_kernel(bfloat16("RMSNorm", "normed")),
+        "dense_layer k25.RMSNorm input_layernorm",
+        "kernel",
+    ),
+    _fault(
+        "kernel: eps 1e-6 for 1e-5",
+        other_kernel(set_eps(1e-5, 1e-6)),
+        "dense_layer k25.RMSNorm input_layernorm",
+        "kernel",
+    ),
+    _fault("kernel: router bias ignored", other_kernel(ignore_the_bias), _ROUTER, "kernel"),
+    _fault("kernel: weights not normalised", other_kernel(lose_the_normalisation), _WEIGHTS, "kernel"),
     _fault(
         "kernel: causal off by one",
         other_kernel(body("MLA", "is_hidden", set_op("GreaterOrEqual"))),

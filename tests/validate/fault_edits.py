@@ -1,4 +1,4 @@
-"""Ways of breaking a build: edits of graphs, bindings, the runtime's view of the checkpoint, and the runtime itself."""
+"""Ways of breaking a build: edits of graphs and bindings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -103,10 +102,6 @@ def consumer(model: onnx.ModelProto, tensor: str, kind: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if node.op_type == kind and tensor in node.input)
 
 
-def producer(model: onnx.ModelProto, tensor: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if tensor in node.output)
-
-
 def function(model: onnx.ModelProto, name: str) -> onnx.FunctionProto:
     return next(found for found in model.functions if found.name == name)
 
@@ -133,12 +128,6 @@ def set_tensor(tensor: onnx.TensorProto, values: Any) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values, old.dtype).reshape(old.shape), tensor.name))
 
 
-def scalars(model: onnx.ModelProto, value: float) -> list[onnx.TensorProto]:
-    """Initializers that hold this one value."""
-    arrays = [(tensor, onnx.numpy_helper.to_array(tensor)) for tensor in model.graph.initializer]
-    return [tensor for tensor, array in arrays if array.size == 1 and np.isclose(array, value, rtol=1e-4, atol=0).all()]
-
-
 def config_of(build: Build) -> TextConfig:
     return checkpoint_from_folder(build.reference).config.text
 
@@ -157,17 +146,30 @@ def set_op(kind: str) -> Callable[[onnx.NodeProto], None]:
     return edit
 
 
+def set_attribute(kind: str, name: str, value: Any, reads: str = "") -> Edit:
+    """Change an attribute of the first node of a kind, of those that read `reads`."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        node = node_of(model, kind, reads)
+        next(found for found in node.attribute if found.name == name).CopyFrom(onnx.helper.make_attribute(name, value))
+
+    return edit
+
+
+def make_otherwise(nodes: Any, output: str, made_as: str, *more: onnx.NodeProto) -> None:
+    """The node that makes `output` makes `made_as`, and the nodes of `more`, right behind it, make `output` of that."""
+    index = next(i for i, node in enumerate(nodes) if output in node.output)
+    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    rest[index].output[list(rest[index].output).index(output)] = made_as
+    del nodes[:]
+    nodes.extend([*rest[: index + 1], *more, *rest[index + 1 :]])
+
+
 def round_to_bfloat16(nodes: Any, output: str) -> None:
     """What the node makes is rounded to bfloat16 before anybody reads it."""
-    index = next(i for i, node in enumerate(nodes) if output in node.output)
-    made = onnx.NodeProto()
-    made.CopyFrom(nodes[index])
-    made.output[list(made.output).index(output)] = f"{output}_wide"
     narrow = onnx.helper.make_node("Cast", [f"{output}_wide"], [f"{output}_narrow"], to=onnx.TensorProto.BFLOAT16)
     wide = onnx.helper.make_node("Cast", [f"{output}_narrow"], [output], to=onnx.TensorProto.FLOAT)
-    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del nodes[:]
-    nodes.extend([*rest[:index], made, narrow, wide, *rest[index + 1 :]])
+    make_otherwise(nodes, output, f"{output}_wide", narrow, wide)
 
 
 # Bindings.
@@ -191,6 +193,10 @@ def bind(name: str, input_name: str, tensor: Callable[[str, Manifest], str]) -> 
 
 def of_first_layer(tensor: str, entry: Manifest) -> str:
     return tensor.replace("{layer}", str(entry["layers"][0]))
+
+
+def of_the_second_norm(tensor: str, entry: Manifest) -> str:
+    return tensor.replace("input_layernorm", "post_attention_layernorm")
 
 
 def swap_two_experts(values: Manifest) -> None:
@@ -231,7 +237,6 @@ def lose_the_offset(model: onnx.ModelProto) -> None:
 
 def roll_scales(model: onnx.ModelProto) -> None:
     """Each group gets the scale of the group before it."""
-    nodes = function(model, "DequantizeInt4").node
     text = """
     Rolled (scale_stored) => (scale) {
       one_1 = Constant <value = int64[1] {1}> ()
@@ -243,11 +248,7 @@ def roll_scales(model: onnx.ModelProto) -> None:
       scale = Concat <axis = 1> (tail, front)
     }"""
     extra = onnx.parser.parse_function(f'<domain: "k25", opset_import: ["" : 21]>{text}').node
-    index = next(i for i, node in enumerate(nodes) if "scale" in node.output)
-    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    rest[index].output[0] = "scale_stored"
-    del nodes[:]
-    nodes.extend([*rest[: index + 1], *extra, *rest[index + 1 :]])
+    make_otherwise(function(model, "DequantizeInt4").node, "scale", "scale_stored", *extra)
 
 
 def scale_softmax(factor: Callable[[TextConfig], float]) -> Callable[[Build], None]:
@@ -318,40 +319,49 @@ def see_the_future(model: onnx.ModelProto) -> None:
 
 
 def set_eps(value: float, wrong: float) -> Edit:
+    """Every norm with the one epsilon gets the other."""
+
     def edit(model: onnx.ModelProto) -> None:
-        found = scalars(model, value)
-        assert found
-        for tensor in found:
-            set_tensor(tensor, wrong)
+        for node in model.graph.node:
+            for attribute in node.attribute if node.op_type == "RMSNorm" else ():
+                if attribute.name == "eps" and np.isclose(attribute.f, value, rtol=1e-4, atol=0):
+                    attribute.f = wrong
 
     return edit
 
 
-def ignore_the_bias(model: onnx.ModelProto) -> None:
-    node = node_of(model, "Add", "mlp.gate.e_score_correction_bias")
-    node.input[1] = node.input[0]  # sigmoid + sigmoid: the order of the scores without the bias
+def eps_outside_the_root(model: onnx.ModelProto) -> None:
+    """1 / (sqrt(mean) + eps)."""
+    nodes = function(model, "RMSNorm").node
+    inner(nodes, "root").input[0] = "mean"
+    make_otherwise(nodes, "root", "bare", onnx.helper.make_node("Add", ["bare", "eps_scalar"], ["root"]))
 
 
-def weigh_with_the_bias(model: onnx.ModelProto) -> None:
-    node_of(model, "GatherElements").input[0] = node_of(model, "Add", "mlp.gate.e_score_correction_bias").output[0]
+def centre_the_norm(model: onnx.ModelProto) -> None:
+    """LayerNorm without a bias: the mean is taken off first."""
+    mean = onnx.helper.make_node("ReduceMean", ["plain", "last_axis"], ["centre"], keepdims=1)
+    centred = onnx.helper.make_node("Sub", ["plain", "centre"], ["wide"])
+    make_otherwise(function(model, "RMSNorm").node, "wide", "plain", mean, centred)
 
 
-def lose_the_scaling_factor(model: onnx.ModelProto) -> None:
-    weights = producer(model, "expert_weights")
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    set_tensor(next(constants[name] for name in weights.input if name in constants), 1.0)
+def norm_weight_plus_one(model: onnx.ModelProto) -> None:
+    """What a norm with `1 + weight` computes."""
+    text = "Raised (stored) => (weight_x) { one = Constant <value = float {1.0}> () weight_x = Add (stored, one) }"
+    extra = onnx.parser.parse_function(f'<domain: "k25", opset_import: ["" : 21]>{text}').node
+    make_otherwise(function(model, "RMSNorm").node, "weight_x", "stored", *extra)
 
 
-def lose_the_normalisation(model: onnx.ModelProto) -> None:
-    producer(model, "expert_weights").input[0] = node_of(model, "GatherElements").output[0]
+def skip_the_latent_norm(model: onnx.ModelProto) -> None:
+    norm = node_of(model, "RMSNorm", "self_attn.kv_a_layernorm.weight")
+    consumer(model, norm.output[0], "Concat").input[0] = norm.input[0]
 
 
-def softmax_router(model: onnx.ModelProto) -> None:
-    node_of(model, "Sigmoid").op_type = "Softmax"
-
-
-def smallest_experts(model: onnx.ModelProto) -> None:
-    next(a for a in node_of(model, "TopK").attribute if a.name == "largest").i = 0
+ignore_the_bias = body("Router", "biased", set_input(1, "scores"))  # the order of the scores without the bias
+weigh_with_the_bias = body("Router", "chosen", set_input(0, "biased"))
+lose_the_scaling_factor = set_attribute("Router", "scaling_factor", 1.0)
+lose_the_normalisation = set_attribute("Router", "normalise", 0)
+softmax_router = body("Router", "scores", set_op("Softmax"))
+smallest_experts = body("Router", "ids", lambda node: node.attribute.append(onnx.helper.make_attribute("largest", 0)))
 
 
 def drop_the_shared_expert(model: onnx.ModelProto) -> None:
@@ -362,7 +372,7 @@ def drop_the_shared_expert(model: onnx.ModelProto) -> None:
 
 def residual_after_norm(model: onnx.ModelProto) -> None:
     attended = node_of(model, "Linear", "self_attn.o_proj.weight").output[0]
-    consumer(model, attended, "Add").input[0] = node_of(model, "Mul", "input_layernorm.weight").output[0]
+    consumer(model, attended, "Add").input[0] = node_of(model, "RMSNorm", "input_layernorm.weight").output[0]
 
 
 def sigmoid_for_silu(model: onnx.ModelProto) -> None:
@@ -375,19 +385,9 @@ def skip_the_final_norm(model: onnx.ModelProto) -> None:
     node_of(model, "Linear").input[0] = node_of(model, "Gather").output[0]
 
 
-def norm_weight_plus_one(model: onnx.ModelProto) -> None:
-    """y + x in place of x * w: what a norm with `1 + weight` computes."""
-    node = node_of(model, "Mul", "self_attn.kv_a_layernorm.weight")
-    index = list(model.graph.node).index(node)
-    again = onnx.helper.make_node("Add", [node.input[0], f"{node.output[0]}_plain"], [node.output[0]])
-    node.output[0] += "_plain"
-    rest = [onnx.NodeProto.FromString(found.SerializeToString()) for found in model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend([*rest[: index + 1], again, *rest[index + 1 :]])
-
-
-def bfloat16_linear(model: onnx.ModelProto) -> None:
-    round_to_bfloat16(function(model, "Linear").node, "y")
+def bfloat16(name: str, output: str) -> Edit:
+    """A stage of a body is rounded to bfloat16."""
+    return lambda model: round_to_bfloat16(function(model, name).node, output)
 
 
 def bfloat16_sum_of_experts(model: onnx.ModelProto) -> None:
@@ -401,124 +401,5 @@ def bfloat16_router(model: onnx.ModelProto) -> None:
     round_to_bfloat16(model.graph.node, node_of(model, "Linear", "mlp.gate.weight").output[0])
 
 
-# The runtime and its view of the checkpoint.
-
-
-def damage_scale(change: Callable[[bytes], bytes], *, both: bool = False) -> Callable[[Build], None]:
-    """One expert's down scales are changed in a copy of the checkpoint; sizes and headers stay."""
-
-    def inject(build: Build) -> None:
-        copy = build.bundle.parent / "checkpoint"
-        shutil.copytree(build.checkpoint, copy)
-        values = json.loads((build.bundle / "manifest.json").read_text())
-        group = next(group for group in values["tensors"] if group["name"].endswith("down_proj.weight_scale"))
-        path = copy / values["shards"][group["shard"]]["file"]
-        data = bytearray(path.read_bytes())
-        for offset in group["offsets"]:
-            span = slice(offset, offset + group["length"])
-            data[span] = change(bytes(data[span]))
-        path.write_bytes(bytes(data))
-        build.checkpoint = copy
-        if both:
-            build.reference = copy
-
-    return inject
-
-
-def flip_a_bit(data: bytes) -> bytes:
-    return data[:1] + bytes([data[1] ^ 0x01]) + data[2:]
-
-
-def nan_first(data: bytes) -> bytes:
-    return b"\xc0\x7f" + data[2:]
-
-
-def change_batches(change: Callable[[Any, list[Any]], Any]) -> Callable[[Build], None]:
-    """`change` gets each batch that the runtime packs, and the chunks (sequence, tokens) it is made of."""
-
-    def inject(build: Build) -> None:
-        from k25_runtime import chunks as packing
-
-        whole = packing.batch_from_chunks
-
-        def wrong(chunks: Any, *rest: Any, **more: Any) -> Any:
-            return change(whole(chunks, *rest, **more), chunks)
-
-        build.patches.append(mock.patch.object(packing, "batch_from_chunks", wrong))
-
-    return inject
-
-
-def misplace_a_block(batch: Any, chunks: list[Any]) -> Any:
-    """From the second step on the table leads to the block after the right one."""
-    table = batch.block_table.copy()
-    if chunks[0][0].length:
-        table[0, 0] = table[0, 0] + 1
-    return replace(batch, block_table=table)
-
-
-def positions_one_late(batch: Any, chunks: list[Any]) -> Any:
-    late = np.int32(1 if chunks[0][0].length else 0)
-    return replace(batch, positions=batch.positions + late)
-
-
-def blocks_of_the_neighbour(batch: Any, chunks: list[Any]) -> Any:
-    table = batch.block_table.copy()
-    if len(table) > 1:
-        table[1] = table[0]
-    return replace(batch, block_table=table)
-
-
-def change_vision_inputs(name: str, change: Callable[[Any, Any, tuple[Any, ...]], Any]) -> Callable[[Build], None]:
-    """`change` gets the module, what its function `name` returns, and the function's arguments."""
-
-    def inject(build: Build) -> None:
-        from k25_runtime import vision_inputs
-
-        whole = getattr(vision_inputs, name)
-
-        def wrong(*arguments: Any) -> Any:
-            return change(vision_inputs, whole(*arguments), arguments)
-
-        build.patches.append(mock.patch.object(vision_inputs, name, wrong))
-
-    return inject
-
-
-def time_of_one_frame(module: Any, made: Any, arguments: tuple[Any, ...]) -> Any:
-    """The sinusoid of frame 0 is not zero: its cosines are 1."""
-    table, grid = arguments
-    return made + module.temporal_sinusoids(1, table.shape[2]) if grid[0] == 1 else made
-
-
-def exchange_rows_and_columns(module: Any, made: Any, arguments: tuple[Any, ...]) -> Any:
-    return tuple(
-        np.ascontiguousarray(values.reshape(len(values), -1, 2)[..., ::-1]).reshape(values.shape) for values in made
-    )
-
-
-def merge_down_first(module: Any, made: Any, arguments: tuple[Any, ...]) -> Any:
-    return np.ascontiguousarray(made[..., [0, 2, 1, 3]])
-
-
 def exact_gelu(model: onnx.ModelProto) -> None:
     next(a for a in node_of(model, "Gelu").attribute if a.name == "approximate").s = b"none"
-
-
-def other_kernel(edit: Edit) -> Callable[[Build], None]:
-    """The backend computes something else than the file says, as a wrong native kernel would."""
-
-    def inject(build: Build) -> None:
-        from k25_runtime.onnxruntime_cpu import OnnxRuntimeCpu
-
-        load = OnnxRuntimeCpu.load
-
-        def wrong(self: Any, data: bytes, **more: Any) -> Any:
-            model = onnx.load_from_string(data)
-            with contextlib.suppress(StopIteration):
-                edit(model)
-            return load(self, model.SerializeToString(), **more)
-
-        build.patches.append(mock.patch.object(OnnxRuntimeCpu, "load", wrong))
-
-    return inject

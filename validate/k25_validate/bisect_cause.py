@@ -1,4 +1,4 @@
-"""Why an op is off: other wiring, other bytes, another attribute or constant, its body, or the backend's kernel."""
+"""Why an op is off: other wiring, other bytes, another attribute, its body, or the backend's kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from k25_validate.divergence import Divergence
 from k25_validate.graph_prefix import StraightGraph, function_of, node_reads
 from k25_validate.inside_experts import ExpertSearch
 from k25_validate.inside_mla import mla_stage_fault
-from k25_validate.inside_op import BodyRunner, StageFault, body_of, first_stage_fault, stage_expected
+from k25_validate.inside_norm import norm_formula
+from k25_validate.inside_op import (
+    STAGE_FLOOR,
+    BodyRunner,
+    Formula,
+    StageFault,
+    body_of,
+    first_stage_fault,
+    is_kernel_farther,
+    stage_expected,
+)
+from k25_validate.inside_router import router_formula
 from k25_validate.plain_taps import PlainTaps
 from k25_validate.plain_vision_taps import PlainVisionTaps
 from k25_validate.prefix_search import Expected
@@ -31,6 +42,8 @@ Inputs = Mapping[str, HostTensor]
 
 #: Attributes arrive as float32.
 _SAME_ATTRIBUTE = 1e-6
+
+_KERNEL = "the body agrees with the reference, the kernel does not"
 
 
 class CauseFinder:
@@ -70,11 +83,11 @@ class CauseFinder:
         bad = next((source for source in sources if source.kind), None)
         if bad is not None:
             return _of_source(found, bad)
-        if node.domain == DOMAIN:
-            return self._explained_op(found, node, inputs, expected)
         if found.node in self._taps.unmatched:
             cause = f"the formulas have no such op between what agrees and {found.tap}"
             return replace(found, kind="wiring", cause=cause)
+        if node.domain == DOMAIN:
+            return self._explained_op(found, node, inputs, expected)
         return self._explained_standard(found, node, inputs, expected)
 
     def _sources(self, node: onnx.NodeProto) -> list[WeightSource]:
@@ -90,15 +103,6 @@ class CauseFinder:
     def _explained_standard(
         self, found: Divergence, node: onnx.NodeProto, inputs: Inputs, expected: Expected
     ) -> Divergence:
-        constants = {
-            tensor.name: onnx.numpy_helper.to_array(tensor)
-            for tensor in self._graph.model.graph.initializer
-            if tensor.name in node.input
-        }
-        stated = next((float(value.reshape(-1)[0]) for value in constants.values() if value.size == 1), None)
-        wanted = self._plain.constant(found.tap)
-        if stated is not None and wanted is not None and not np.isclose(stated, wanted, rtol=_SAME_ATTRIBUTE, atol=0):
-            return replace(found, kind="constant", cause=f"its constant is {stated:.7g}, the formula's {wanted:.7g}")
         if self._differs_from_standard(found, node, inputs, expected):
             return replace(found, kind="kernel", cause="the backend computes something else than the standard")
         return replace(found, kind="graph", cause=f"{found.op} computes what it says, and the formula says otherwise")
@@ -120,7 +124,7 @@ class CauseFinder:
         return self._graph.segment(outputs, set(inputs))
 
     def _explained_op(self, found: Divergence, node: onnx.NodeProto, inputs: Inputs, expected: Expected) -> Divergence:
-        attribute = self._wrong_attribute(node)
+        attribute = self._wrong_attribute(node, found.tap)
         if attribute is not None:
             found = replace(found, kind="attribute", cause=attribute)
         operands = [inputs[name] for name in node.input if name in inputs]
@@ -131,9 +135,12 @@ class CauseFinder:
         body = body_of(self._graph.model, node, operands)
         assert body is not None
         model, feeds = body
+        formula = self._formula_of(node, found.tap, feeds)
+        if formula is not None:
+            return self._explained_by_formula(found, body, formula, inputs, expected)
         output = model.graph.output[list(node.output).index(found.tensor)].name
         if expected.error(self._bodies.run(model, feeds)[output]) <= expected.tolerance:
-            return replace(found, kind="kernel", cause="the body agrees with the reference, the kernel does not")
+            return replace(found, kind="kernel", cause=_KERNEL)
         if node.op_type == "MLA":
             assert self._layer is not None
             assert self._step is not None
@@ -148,6 +155,47 @@ class CauseFinder:
         stages = {"like_x": weight, "transposed": weight.T, "y": np.asarray(expected.raw)}
         fault = first_stage_fault(self._bodies, model, feeds, stage_expected(stages, expected.tolerance))
         return _with_stage(found, fault, "")
+
+    def _formula_of(self, node: onnx.NodeProto, tap: str, feeds: Inputs) -> Formula | None:
+        """For the ops whose formula reads nothing but the op's inputs."""
+        if not isinstance(self._plain, PlainTaps):
+            return None
+        if node.op_type == "RMSNorm":
+            return norm_formula(self._plain, tap, feeds)
+        return router_formula(self._plain, feeds) if node.op_type == "Router" else None
+
+    def _explained_by_formula(
+        self,
+        found: Divergence,
+        body: tuple[onnx.ModelProto, dict[str, HostTensor]],
+        formula: Formula,
+        inputs: Inputs,
+        expected: Expected,
+    ) -> Divergence:
+        """Body, then kernel, against the formula on the same inputs: the stage of the body, or that it is the kernel.
+
+        Faint faults count (an epsilon shows in the systematic gain only), so bounds are those of the op's tensor.
+        """
+        model, feeds = body
+        floor = min(STAGE_FLOOR, expected.tolerance)
+
+        def judged(made: Mapping[str, Array]) -> dict[str, Expected]:
+            return stage_expected(formula(made), floor, expected.rows)
+
+        by_body = self._bodies.run(model, feeds)
+        fault = first_stage_fault(self._bodies, model, feeds, judged(by_body))
+        if fault is not None or found.kind == "attribute":
+            return _with_stage(found, fault, "")
+        if is_kernel_farther(self._by_kernel(found.node, inputs, by_body), by_body, judged):
+            return replace(found, kind="kernel", cause=_KERNEL)
+        return replace(found, cause="body and kernel agree with the formula on the same inputs, which are off already")
+
+    def _by_kernel(self, node: int, inputs: Inputs, by_body: Mapping[str, Array]) -> dict[str, Array]:
+        """What the backend makes of the op alone, by formal name."""
+        names = dict(zip(self._graph.nodes[node].output, by_body, strict=True))
+        shapes = {name: by_body[formal].shape for name, formal in names.items()}
+        made = self._probe.run(self._segment(node, inputs), inputs, shapes)
+        return {formal: made[name] for name, formal in names.items()}
 
     @staticmethod
     def _weight_of(weight: HostTensor) -> Array:
@@ -183,14 +231,12 @@ class CauseFinder:
             return replace(found, cause=found.cause + others)
         found = replace(found, weights=tuple(sources))
         if search.is_body_right(expert):
-            return replace(
-                found, kind="kernel", cause=f"the body agrees with the reference, the kernel does not{others}"
-            )
+            return replace(found, kind="kernel", cause=_KERNEL + others)
         fault = search.stage_fault(expert)
         return _with_stage(found, fault, f"expert {expert} alone is off{others}")
 
-    def _wrong_attribute(self, node: onnx.NodeProto) -> str | None:
-        facts = self._plain.facts
+    def _wrong_attribute(self, node: onnx.NodeProto, tap: str) -> str | None:
+        facts = self._plain.facts(tap)
         for attribute in node.attribute:
             if attribute.name not in facts:
                 continue

@@ -8,9 +8,7 @@ from typing import Literal
 from k25_validate.bound_weights import WeightSource
 
 #: What kind of fault: see docs/bisect.md.
-Kind = Literal[
-    "binding", "bytes", "checkpoint", "inputs", "wiring", "attribute", "constant", "kernel", "graph", "runtime"
-]
+Kind = Literal["binding", "bytes", "checkpoint", "inputs", "wiring", "attribute", "kernel", "graph", "runtime"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,8 +170,10 @@ def body_model(
                 attribute.CopyFrom(onnx.helper.make_attribute(attribute.name, attributes[attribute.ref_attr_name]))
     for name in function.input:
         body.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+    inferred = StraightGraph(body).element_types
     for name in function.output:
-        body.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        element_type = inferred.get(name, onnx.TensorProto.FLOAT)
+        body.graph.output.append(onnx.helper.make_tensor_value_info(name, element_type, None))
     return with_needed_functions(body)
 
 

@@ -6,7 +6,7 @@ Runtime's standard operators. Where the body agrees with the formulas, what is o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,20 @@ from k25_plugins.signatures import ONNX_DTYPES
 from k25_runtime.host_tensor import HostTensor
 from k25_runtime.onnxruntime_cpu import ort_value
 from k25_validate.graph_prefix import Cut, StraightGraph, body_model, function_of, node_reads
+from k25_validate.plain_taps import Taps
 from k25_validate.prefix_search import Expected, PrefixSearch, Transition
 
 Array = npt.NDArray[Any]
 
+#: The stages of an op whose formula reads the op's own inputs only; it may depend on the op's outputs, as they were
+#: made, by formal name (either choice of a tie is right).
+Formula = Callable[[Mapping[str, Array]], Taps]
+
 #: Stages are computed from the op's own inputs in float64, so no noise is measured: rounding of the whole op at most.
 STAGE_FLOOR = 4e-6
+
+#: On the same inputs a kernel that is wrong is at least this many times as far from the formula as the body.
+_FARTHER = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +72,10 @@ class BodyRunner:
         return dict(zip(names, (value.numpy() for value in session.run_with_ort_values(names, inputs)), strict=True))
 
 
-def stage_expected(values: Mapping[str, Array], floor: float = STAGE_FLOOR) -> dict[str, Expected]:
-    """Each stage's value as what its tensor should hold."""
+def stage_expected(values: Mapping[str, Array], floor: float = STAGE_FLOOR, rows: int = 0) -> dict[str, Expected]:
+    """Each stage's value as what its tensor should hold; `rows` as in `Expected`."""
     return {
-        name: Expected(values=np.asarray(value, np.float64), noise=0.0, floor=floor, tap=name)
+        name: Expected(values=np.asarray(value, np.float64), noise=0.0, floor=floor, tap=name, rows=rows)
         for name, value in values.items()
     }
 
@@ -97,6 +105,18 @@ def first_stage_fault(
         transition=transition,
         between=tuple(str(graph.nodes[index].op_type) for index in between if not _is_constant(graph, index)),
     )
+
+
+def is_kernel_farther(
+    kernel: Mapping[str, Array], body: Mapping[str, Array], judged: Callable[[Mapping[str, Array]], dict[str, Expected]]
+) -> bool:
+    """Whether the kernel's outputs are clearly farther from the formula than the body's; both by formal name."""
+
+    def excess(made: Mapping[str, Array]) -> float:
+        expected = judged(made)
+        return max(expected[name].excess(values) for name, values in made.items())
+
+    return excess(kernel) > _FARTHER * excess(body)
 
 
 def _is_constant(graph: StraightGraph, index: int) -> bool:

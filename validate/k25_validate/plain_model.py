@@ -173,19 +173,11 @@ class PlainModel:
         The bias takes part in the choice only.
         """
         logits_TE = F.linear(x_TH, self._weight(prefix + "weight"))
-        scores_TE = logits_TE.sigmoid()
-        biased_TE = scores_TE + self._weight(prefix + "e_score_correction_bias")
-        best_Tk, ids_Tk = biased_TE.topk(self._config.num_experts_per_tok, dim=-1)
-        weights_Tk = chosen_Tk = scores_TE.gather(1, ids_Tk)
-        total_T1 = chosen_Tk.sum(dim=-1, keepdim=True)
-        if self._config.norm_topk_prob:
-            weights_Tk = chosen_Tk / (total_T1 + 1e-20)
-        scaled_Tk = weights_Tk * self._config.routed_scaling_factor
-        stages = {"logits": logits_TE, "scores": scores_TE, "biased": biased_TE, "best": best_Tk, "ids": ids_Tk}
-        stages |= {"chosen": chosen_Tk, "total": total_T1, "normalised": weights_Tk, "weights": scaled_Tk}
-        for name, value in stages.items():
-            self._note(prefix + name, value)
-        return ids_Tk, scaled_Tk, biased_TE
+        stages = router_stages(self._config, logits_TE, self._weight(prefix + "e_score_correction_bias"))
+        self._note(prefix + "logits", logits_TE)
+        self._note(prefix + "ids", stages["ids"])
+        self._note(prefix + "weights", stages["weights"])
+        return stages["ids"], stages["weights"], stages["biased"]
 
     def _experts(self, x_TH: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, prefix: str) -> torch.Tensor:
         """The weighted sum of the chosen experts, [T, H]; only experts that are hit are read."""
@@ -218,14 +210,8 @@ class PlainModel:
     def _norm(self, x: torch.Tensor, name: str, *, eps: float | None = None) -> torch.Tensor:
         """RMSNorm over the last axis; `eps` defaults to the configuration's `rms_norm_eps`."""
         eps = self._config.rms_norm_eps if eps is None else eps
-        square = x.square()
-        mean = square.mean(dim=-1, keepdim=True)
-        inverse = torch.rsqrt(mean + eps)
-        normed = x * inverse
-        y = normed * self._weight(name + ".weight")
-        stages = {"": y, ".square": square, ".mean": mean, ".plus_eps": mean + eps, ".rsqrt": inverse}
-        for stage, value in {**stages, ".normed": normed}.items():
-            self._note(name + stage, value)
+        y = norm_stages(x, self._weight(name + ".weight"), eps)["y"]
+        self._note(name, y)
         return y
 
     def _note(self, name: str, value: torch.Tensor) -> None:
@@ -255,6 +241,38 @@ class PlainModel:
             )
         groups = (nibbles.view(rows, scale_OG.shape[1], -1) - 8).to(self.dtype)
         return (groups * scale_OG.to(self.dtype)[:, :, None]).view(rows, columns)
+
+
+def norm_stages(x: torch.Tensor, weight: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
+    """RMSNorm over the last axis, step by step; `y` is its result."""
+    square = x.square()
+    mean = square.mean(dim=-1, keepdim=True)
+    plus_eps = mean + eps
+    rsqrt = torch.rsqrt(plus_eps)
+    normed = x * rsqrt
+    stages = {"square": square, "mean": mean, "plus_eps": plus_eps, "rsqrt": rsqrt}
+    return {**stages, "normed": normed, "y": normed * weight}
+
+
+def router_stages(
+    config: PlainConfig, logits_TE: torch.Tensor, bias_E: torch.Tensor, ids_Tk: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The router step by step, from its logits: the choice is `ids`, or `ids_Tk` where that was made elsewhere.
+
+    `divisor` is what the weights are normalised by, 1 where the configuration does not want that.
+    """
+    scores_TE = logits_TE.sigmoid()
+    biased_TE = scores_TE + bias_E
+    if ids_Tk is None:
+        ids_Tk = biased_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    chosen_Tk = scores_TE.gather(1, ids_Tk)
+    total_T1 = chosen_Tk.sum(dim=-1, keepdim=True)
+    total_eps_T1 = total_T1 + 1e-20
+    divisor_T1 = total_eps_T1 if config.norm_topk_prob else torch.ones_like(total_T1)
+    normalised_Tk = chosen_Tk / divisor_T1
+    stages = {"scores": scores_TE, "biased": biased_TE, "best": biased_TE.gather(1, ids_Tk), "ids": ids_Tk}
+    stages |= {"chosen": chosen_Tk, "total": total_T1, "total_eps": total_eps_T1, "divisor": divisor_T1}
+    return {**stages, "normalised": normalised_Tk, "weights": normalised_Tk * config.routed_scaling_factor}
 
 
 def yarn_inverse_frequencies(config: PlainConfig) -> list[float]:

@@ -1,6 +1,6 @@
 """Every intermediate result of the plain reference by name: what a bisection compares a graph's tensors with.
 
-Names are those of the checkpoint's modules, relative to the layer (`self_attn.q_a_proj`, `mlp.gate.scores`), so that a
+Names are those of the checkpoint's modules, relative to the layer (`self_attn.q_a_proj`, `mlp.gate.logits`), so that a
 tensor of the graph finds its counterpart by the weight it comes from. Shares no code with what is judged.
 
 Legend: T tokens, H hidden, N heads, R latent rank, P rotated channels, E experts, k experts per token, V vocabulary,
@@ -19,7 +19,14 @@ import numpy.typing as npt
 import torch
 
 from k25_validate.plain_checkpoint import CheckpointTensors
-from k25_validate.plain_model import PlainModel, attention_scaling, rotate, yarn_inverse_frequencies
+from k25_validate.plain_model import (
+    PlainModel,
+    attention_scaling,
+    norm_stages,
+    rotate,
+    router_stages,
+    yarn_inverse_frequencies,
+)
 
 Array = npt.NDArray[np.float64]
 Taps = dict[str, Array]
@@ -107,6 +114,31 @@ class PlainTaps:
         values |= {"mixed": mixed, "z_token": mixed[:, :rank]}
         return {name: value.numpy() for name, value in values.items()}
 
+    @torch.inference_mode()
+    def norm(self, tap: str, x: npt.NDArray[np.floating], weight: npt.NDArray[np.floating]) -> Taps:
+        """The stages of the RMSNorm that makes `tap`, from the op's own inputs x [..., H] and weight [H]."""
+        found = norm_stages(_tensor(x), _tensor(weight), self.norm_eps(tap))
+        found |= {"wide": _tensor(x), "root": found["plus_eps"].sqrt()}
+        found |= {"normed_x": found["normed"], "weight_x": _tensor(weight)}
+        return {name: value.numpy() for name, value in found.items()}
+
+    @torch.inference_mode()
+    def router(
+        self,
+        logits: npt.NDArray[np.floating],
+        bias: npt.NDArray[np.floating],
+        ids: npt.NDArray[np.integer] | None = None,
+    ) -> Taps:
+        """The stages of the router, from the op's own inputs [T, E] and [E]; `ids` [T, k] is a choice to go on with."""
+        chosen = None if ids is None else torch.from_numpy(ids.astype(np.int64))
+        found = router_stages(self._config, _tensor(logits), _tensor(bias), chosen)
+        found |= {"expert_ids": found["ids"], "expert_weights": found.pop("weights")}
+        return {name: value.numpy() for name, value in found.items()}
+
+    def norm_eps(self, tap: str) -> float:
+        """The epsilon of the norm that makes `tap`."""
+        return self._latent_norm_eps if tap.startswith("self_attn.") else self._config.rms_norm_eps
+
     @property
     def inv_freq(self) -> list[float]:
         """Radians a position of each rotated pair, [P / 2]."""
@@ -118,9 +150,8 @@ class PlainTaps:
         yarn, width = self._config.yarn, self._config.qk_nope_head_dim + self._config.qk_rope_head_dim
         return attention_scaling(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
 
-    @property
-    def facts(self) -> Mapping[str, float | int | list[float]]:
-        """What the formulas take for the attributes of the `k25` ops."""
+    def facts(self, tap: str) -> Mapping[str, float | int | list[float]]:
+        """What the formulas take for the attributes of the `k25` op that makes `tap`."""
         config = self._config
         return {
             "num_heads": config.num_attention_heads,
@@ -129,14 +160,11 @@ class PlainTaps:
             "softmax_scale": self.softmax_scale,
             "inv_freq": self.inv_freq,
             "group_size": 32,
+            "eps": self.norm_eps(tap),
+            "top_k": config.num_experts_per_tok,
+            "normalise": int(config.norm_topk_prob),
+            "scaling_factor": config.routed_scaling_factor,
         }
-
-    def constant(self, tap: str) -> float | None:
-        """The constant that the formula of this tap adds or multiplies by, if it has one."""
-        if tap.endswith(".plus_eps"):
-            is_latent = "self_attn." in tap
-            return self._latent_norm_eps if is_latent else self._config.rms_norm_eps
-        return {"mlp.gate.weights": self._config.routed_scaling_factor, "mlp.gate.total_eps": 1e-20}.get(tap)
 
     def _started(self, prefix: str, x: npt.NDArray[np.floating]) -> torch.Tensor:
         self._prefix = prefix
@@ -154,12 +182,9 @@ def _with_derived(taps: Taps) -> Taps:
     """Add what graphs compute on the way and the formulas do not name."""
     derived: Taps = {}
     for name, value in taps.items():
-        if name.endswith(".plus_eps"):
-            derived[name.removesuffix("plus_eps") + "root"] = np.sqrt(value)
-        elif name.endswith("gate_proj"):
+        if name.endswith("gate_proj"):
             derived[name.removesuffix("gate_proj") + "sigmoid"] = torch.from_numpy(value).sigmoid().numpy()
-    if "mlp.gate.total" in taps:
-        derived["mlp.gate.total_eps"] = taps["mlp.gate.total"] + 1e-20
+    if "mlp.gate.weights" in taps:
         derived["mlp.shared_experts"] = taps["mlp.shared_experts.down_proj"]
         derived["shared_residual"] = taps["attention_residual"]
     return taps | derived

@@ -71,16 +71,11 @@ class PlainVisionTaps:
             "merge_index": self._merge_index(grid).numpy(),
         }
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What the formulas take for the attributes of `k25.VisionAttention`."""
+    def facts(self, tap: str) -> Mapping[str, Any]:
+        """What the formulas take for the attributes of `k25.VisionAttention`, the same wherever it is."""
         width = self._vision._tensors.stored(TOWER + "encoder.final_layernorm.weight").shape[0]
         heads = self._config.vt_num_attention_heads
         return {"num_heads": heads, "softmax_scale": 1 / math.sqrt(width // heads)}
-
-    def constant(self, tap: str) -> float | None:
-        """Formulas of the tower have no constants that are inputs of an op."""
-        return None
 
     def _block(self, found: dict[str, torch.Tensor], prefix: str, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         vision, heads = self._vision, self._config.vt_num_attention_heads

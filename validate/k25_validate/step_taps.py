@@ -20,7 +20,7 @@ from k25_validate.tolerances import component_tolerance
 Array = npt.NDArray[Any]
 
 #: Values of a token that are a set: the order of experts that tie is nobody's fault.
-_SORTED = ("mlp.gate.ids", "mlp.gate.best", "mlp.gate.chosen", "mlp.gate.normalised", "mlp.gate.weights")
+_SORTED = ("mlp.gate.ids", "mlp.gate.weights")
 #: Half of a component's tolerance, u sqrt(K): no tensor of it is held to less.
 FLOOR_SHARE = 0.5
 

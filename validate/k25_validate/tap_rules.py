@@ -42,16 +42,8 @@ class TapMap:
     missing: tuple[str, ...] = ()
 
 
-def _norm(name: str, x: str) -> list[Rule]:
-    return [
-        Rule(tap=f"{name}.square", op="Pow", reads=(x,)),
-        Rule(tap=f"{name}.mean", op="ReduceMean", reads=(f"{name}.square",)),
-        Rule(tap=f"{name}.plus_eps", op="Add", reads=(f"{name}.mean",)),
-        Rule(tap=f"{name}.root", op="Sqrt", reads=(f"{name}.plus_eps",)),
-        Rule(tap=f"{name}.rsqrt", op="Reciprocal", reads=(f"{name}.root",)),
-        Rule(tap=f"{name}.normed", op="Mul", reads=(x, f"{name}.rsqrt")),
-        Rule(tap=name, op="Mul", reads=(f"{name}.normed", f"W:{name}.weight")),
-    ]
+def _norm(name: str, x: str) -> Rule:
+    return Rule(tap=name, op="RMSNorm", reads=(x, f"W:{name}.weight"))
 
 
 def _linear(name: str, x: str) -> Rule:
@@ -70,14 +62,14 @@ def _swiglu(name: str, x: str) -> list[Rule]:
 
 
 _ATTENTION = [
-    *_norm("input_layernorm", "A:hidden"),
+    _norm("input_layernorm", "A:hidden"),
     _linear("self_attn.q_a_proj", "input_layernorm"),
-    *_norm("self_attn.q_a_layernorm", "self_attn.q_a_proj"),
+    _norm("self_attn.q_a_layernorm", "self_attn.q_a_proj"),
     _linear("self_attn.q_b_proj", "self_attn.q_a_layernorm"),
     _linear("self_attn.kv_a_proj_with_mqa", "input_layernorm"),
     Rule(tap="self_attn.compressed", op="Split", reads=("self_attn.kv_a_proj_with_mqa",)),
     Rule(tap="self_attn.k_rope", op="Split", reads=("self_attn.kv_a_proj_with_mqa",), output=1),
-    *_norm("self_attn.kv_a_layernorm", "self_attn.compressed"),
+    _norm("self_attn.kv_a_layernorm", "self_attn.compressed"),
     Rule(tap="self_attn.latent", op="Concat", reads=("self_attn.kv_a_layernorm", "self_attn.k_rope")),
     *(
         Rule(
@@ -98,20 +90,15 @@ _ATTENTION = [
     ),
     _linear("self_attn.o_proj", "self_attn.attended"),
     Rule(tap="attention_residual", op="Add", reads=("A:hidden", "self_attn.o_proj")),
-    *_norm("post_attention_layernorm", "attention_residual"),
+    _norm("post_attention_layernorm", "attention_residual"),
 ]
 
 _ROUTER = [
     Rule(tap="mlp.gate.logits", op="Linear", reads=("post_attention_layernorm", "W:mlp.gate.weight")),
-    Rule(tap="mlp.gate.scores", op="Sigmoid", reads=("mlp.gate.logits",)),
-    Rule(tap="mlp.gate.biased", op="Add", reads=("mlp.gate.scores", "W:mlp.gate.e_score_correction_bias")),
-    Rule(tap="mlp.gate.best", op="TopK", reads=("mlp.gate.biased",)),
-    Rule(tap="mlp.gate.ids", op="TopK", reads=("mlp.gate.biased",), output=1),
-    Rule(tap="mlp.gate.chosen", op="GatherElements", reads=("mlp.gate.scores", "mlp.gate.ids")),
-    Rule(tap="mlp.gate.total", op="ReduceSum", reads=("mlp.gate.chosen",)),
-    Rule(tap="mlp.gate.total_eps", op="Add", reads=("mlp.gate.total",)),
-    Rule(tap="mlp.gate.normalised", op="Div", reads=("mlp.gate.chosen", "mlp.gate.total_eps")),
-    Rule(tap="mlp.gate.weights", op="Mul", reads=("mlp.gate.normalised",)),
+    *(
+        Rule(tap=tap, op="Router", reads=("mlp.gate.logits", "W:mlp.gate.e_score_correction_bias"), output=output)
+        for output, tap in enumerate(("mlp.gate.ids", "mlp.gate.weights"))
+    ),
 ]
 
 _EXPERT_READS = (
@@ -142,7 +129,7 @@ RULES: Mapping[str, Sequence[Rule]] = {
     ],
     "head": [
         Rule(tap="rows", op="Gather", reads=("A:hidden", "A:rows")),
-        *_norm("model.norm", "rows"),
+        _norm("model.norm", "rows"),
         _linear("lm_head", "model.norm"),
     ],
 }
@@ -195,7 +182,9 @@ class _Matcher:
         """The nodes that have no rule, are not looked through and make more than shapes."""
         nodes = self._graph.nodes
         left = frozenset(range(len(nodes))) - self._matched
-        return frozenset(index for index in left if not self._is_integer(nodes[index].output[0]))
+        return frozenset(
+            index for index in left if not all(self._is_integer(name) for name in nodes[index].output if name)
+        )
 
     def anchor_outputs(self) -> None:
         """What is left are outputs, whose names the format fixes."""

@@ -18,6 +18,7 @@ constexpr int kMostRows = 32;        // of a task with many tokens
 constexpr int64_t kNarrow = 384;     // outputs up to which products are float32 in any mode
 constexpr int kStreamBytes = 32768;  // of weights in a task with one
 constexpr int kPrepareTokens = 8;    // in a task
+constexpr int64_t kRowsAtOnce = 64;  // of sums that are not written as they are
 
 struct Call {
   const void* x;
@@ -57,10 +58,14 @@ void write(const Call& call, int64_t token, int64_t row, float value) {
 
 void stream(const Call& call, int64_t first, int64_t stop) {
   const float* x[1] = {reinterpret_cast<const float*>(call.prepared_x)};
-  for (int64_t row = first; row < stop; ++row) {
-    float found;
-    stream_row<1>(call.weight + row * call.in, call.in, x, &found);
-    write(call, 0, row, found);
+  if (call.is_float) {
+    return stream_rows<1>(call.weight + first * call.in, stop - first, call.in, x, static_cast<float*>(call.y) + first);
+  }
+  float found[kRowsAtOnce];
+  for (int64_t row = first; row < stop; row += kRowsAtOnce) {
+    const int64_t count = stop - row < kRowsAtOnce ? stop - row : kRowsAtOnce;
+    stream_rows<1>(call.weight + row * call.in, count, call.in, x, found);
+    for (int64_t i = 0; i < count; ++i) write(call, 0, row + i, found[i]);
   }
 }
 

@@ -83,14 +83,19 @@ k25_status mla(const k25_tensor inputs[7], const k25_mla_attributes* attributes,
   call.sines = rotations.sines;
   call.sequence_of = sequence_of;
   divide(call, sequence_of, work);
-  run_parallel(call.parallel, rotation_task, &rotations, divided_up(call.tokens, kRotationTokens));
   if (call.cache.data != inputs[2].data) {
     memcpy(call.cache.data, inputs[2].data, call.blocks * call.block_size * call.width * item_size(call.cache));
   }
-  write_new_rows(call, row);
+  const NewRows new_rows{&rotations, row};
+  const bool is_later = work.span_count == 0 && rotation_tasks(call) == 1;
+  if (!is_later) {
+    run_parallel(call.parallel, rotation_task, &rotations, rotation_tasks(call));
+    write_new_rows(call, row);
+  }
   if (work.span_count > 0) status = attend_expanded(call, work.spans, work.span_count, message);
   if (status == K25_OK && work.absorbed_count > 0) {
-    status = attend_absorbed(call, work.absorbed, work.absorbed_count, scratch, message);
+    const NewRows* later = is_later ? &new_rows : nullptr;
+    status = attend_absorbed(call, work.absorbed, work.absorbed_count, later, scratch, message);
   }
   return status;
 }

@@ -2,6 +2,8 @@
 //
 //     query_h = [UK_h^T q_nope_h | q_rope_h],  z_h = softmax(query_h . rows) latents,  out_h = UV_h z_h
 //
+// The new rows of few tokens are rotated and written beside UK_h^T q_nope_h, which does not need them.
+//
 // A latent row is key and value of all heads at once: each is read once. The context of a token is cut into splits, a
 // task each, whose sums are merged in their order; the cut depends on the length of the context alone, so a token's
 // result depends neither on threads nor on what else is in the batch.
@@ -14,7 +16,7 @@
 namespace k25 {
 namespace K25_ISA_NS {
 
-constexpr size_t kShortestSplit = 512, kGoodSplit = 1024, kMostSplits = 32;
+constexpr size_t kShortestSplit = 256, kGoodSplit = 1024, kMostSplits = 32;
 constexpr size_t kWaveBytes = size_t{48} << 20;  // of queries and sums of the tokens that are on their way together
 constexpr size_t kTokenTile = kStreamTokens;     // tokens that share a read of kv_b
 
@@ -33,7 +35,8 @@ struct Wave {
   size_t count;
   size_t panels;              // of heads
   const size_t* first_split;  // [count + 1]
-  float* queries;             // [count][heads][width]
+  const NewRows* new_rows;    // of all tokens of the call, where they are still to be written
+  float* queries;             // [count][heads][rank], absorbed
   float* mixed;               // [count][heads][rank], z
   float* sums;                // [splits][panels] partial sums, panel_floats each
   bool failed;
@@ -105,31 +108,35 @@ static void absorb(const MlaCall& call, const float* query, size_t query_stride,
   }
 }
 
-// Queries of one head, all tokens of the wave.
-static void absorb_task(void* state, size_t head) {
-  Wave& wave = *static_cast<Wave*>(state);
+// Absorbed queries of one head, all tokens of the wave.
+static void absorb_head(Wave& wave, size_t head) {
   const MlaCall& call = *wave.call;
-  const size_t query_width = call.nope + call.rope, stride = call.heads * call.width;
-  const size_t floats = kTokenTile * (split_stride(call) + query_width);
+  const size_t stride = call.heads * call.rank;
+  const size_t floats = kTokenTile * (split_stride(call) + call.nope);
   float* sums = static_cast<float*>(thread_scratch(floats * sizeof(float)));
   if (sums == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   float* query = sums + kTokenTile * split_stride(call);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
     const size_t count = smaller(kTokenTile, wave.count - first);
-    float* to = wave.queries + (first * call.heads + head) * call.width;
+    float* to = wave.queries + (first * call.heads + head) * call.rank;
     for (size_t t = 0; t < count; ++t) {
-      read_query(call, static_cast<size_t>(wave.tokens[first + t]), head, query + t * query_width);
-      memcpy(to + t * stride + call.rank, query + t * query_width + call.nope, call.rope * sizeof(float));
+      read_nope(call, static_cast<size_t>(wave.tokens[first + t]), head, query + t * call.nope);
     }
     if (count == kTokenTile) {
-      absorb<kTokenTile>(call, query, query_width, head_rows(call, head), sums, to, stride);
+      absorb<kTokenTile>(call, query, call.nope, head_rows(call, head), sums, to, stride);
       continue;
     }
     for (size_t t = 0; t < count; ++t) {
-      absorb<1>(call, query + t * query_width, query_width, head_rows(call, head), sums, to + t * stride,
-                stride);
+      absorb<1>(call, query + t * call.nope, call.nope, head_rows(call, head), sums, to + t * stride, stride);
     }
   }
+}
+
+// The heads, and before them the new rows where they are still to be written.
+static void absorb_task(void* state, size_t index) {
+  Wave& wave = *static_cast<Wave*>(state);
+  if (wave.new_rows == nullptr) return absorb_head(wave, index);
+  index == 0 ? write_new_rows(*wave.new_rows) : absorb_head(wave, index - 1);
 }
 
 // The tile as the products take it, keys and values at once: where they lie, or, in other dtypes and across blocks, a copy.
@@ -183,11 +190,14 @@ static void attend_split(const Wave& wave, size_t token_index, size_t split, siz
   TileScratch* scratch = reinterpret_cast<TileScratch*>(space);
   float* panel_space = space + rounded_up(sizeof(TileScratch) / sizeof(float), 16);
   float* tile_space = panel_space + call.width * kPanelLanes;
-  const float* queries =
-      wave.queries + (token_index * call.heads + panel_index * kPanelLanes) * call.width;
+  const size_t first_head = panel_index * kPanelLanes;
+  const float* queries = wave.queries + (token_index * call.heads + first_head) * call.rank;
+  float* ropes = tile_space;  // until the first tile
   for (size_t lane = 0; lane < heads; lane += kLanes) {
-    transpose_to_lanes(queries + lane * call.width, call.width, smaller(kLanes, heads - lane), call.width,
-                       panel_space + lane, kPanelLanes);
+    const size_t count = smaller(kLanes, heads - lane);
+    for (size_t i = 0; i < count; ++i) read_rope(call, token, first_head + lane + i, ropes + i * call.rope);
+    transpose_to_lanes(queries + lane * call.rank, call.rank, count, call.rank, panel_space + lane, kPanelLanes);
+    transpose_to_lanes(ropes, call.rope, count, call.rope, panel_space + call.rank * kPanelLanes + lane, kPanelLanes);
   }
   const typename E::Element* lanes = panel_elements(E(), panel_space, call.width, vectors);
   const Panel panel = wave_panel(wave, wave.first_split[token_index] + split, panel_index);
@@ -263,9 +273,10 @@ static void out_task(void* state, size_t head) {
   const MlaCall& call = *wave.call;
   const uint16_t* rows = head_rows(call, head) + call.nope * call.rank;
   const size_t split = split_stride(call);
-  float* space = static_cast<float*>(thread_scratch(kTokenTile * (split + call.v) * sizeof(float)));
+  float* space = static_cast<float*>(thread_scratch((kTokenTile * (split + call.v) + call.v) * sizeof(float)));
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
-  float* values = space + kTokenTile * split;
+  float* found = space + kTokenTile * split;  // [v][tokens]
+  float* values = found + kTokenTile * call.v;
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
     const size_t count = smaller(kTokenTile, wave.count - first);
     const float* z[kTokenTile];
@@ -274,30 +285,29 @@ static void out_task(void* state, size_t head) {
       to_split_order(mixed, true, static_cast<int64_t>(call.rank), space + t * split);
       z[t] = space + t * split;
     }
-    for (size_t i = 0; i < call.v; ++i) {
-      float found[kTokenTile];
-      stream_row_of(static_cast<int>(count), rows + i * call.rank, static_cast<int64_t>(call.rank), z, found);
-      for (size_t t = 0; t < count; ++t) values[t * call.v + i] = found[t];
-    }
+    stream_rows_of(static_cast<int>(count), rows, static_cast<int64_t>(call.v), static_cast<int64_t>(call.rank), z, found);
     for (size_t t = 0; t < count; ++t) {
       const size_t token = static_cast<size_t>(wave.tokens[first + t]);
-      write_floats(call.out, (token * call.heads + head) * call.v, call.v, values + t * call.v);
+      if (count > 1) {
+        for (size_t i = 0; i < call.v; ++i) values[i] = found[i * count + t];
+      }
+      write_floats(call.out, (token * call.heads + head) * call.v, call.v, count > 1 ? values : found);
     }
   }
 }
 
 K25_INLINE size_t wave_token_floats(const MlaCall& call, size_t panels, size_t context) {
-  return call.heads * (call.width + call.rank) + split_count(context) * panels * panel_floats(call);
+  return call.heads * 2 * call.rank + split_count(context) * panels * panel_floats(call);
 }
 
 static bool run_wave(Wave& wave, float* space) {
   const MlaCall& call = *wave.call;
   wave.queries = space;
-  wave.mixed = wave.queries + wave.count * call.heads * call.width;
+  wave.mixed = wave.queries + wave.count * call.heads * call.rank;
   wave.sums = wave.mixed + wave.count * call.heads * call.rank;
   wave.failed = false;
   const Phase phases[] = {
-      {absorb_task, call.heads},
+      {absorb_task, call.heads + (wave.new_rows == nullptr ? 0 : 1)},
       {attend_task, wave.first_split[wave.count] * wave.panels},
       {merge_task, wave.count * wave.panels * divided_up(call.rank, kMergeColumns)},
       {out_task, call.heads},
@@ -325,9 +335,10 @@ static WaveSize next_wave(const MlaCall& call, const int32_t* tokens, size_t lef
   return size;
 }
 
-// Attends for the given tokens, as many at a time as fit the memory of a wave.
-static k25_status attend_absorbed(const MlaCall& call, const int32_t* tokens, size_t count, Scratch& scratch,
-                                  k25_message message) {
+// Attends for the given tokens, as many at a time as fit the memory of a wave. `new_rows` are those that are still to be
+// written, or null.
+static k25_status attend_absorbed(const MlaCall& call, const int32_t* tokens, size_t count, const NewRows* new_rows,
+                                  Scratch& scratch, k25_message message) {
   size_t* first_split = static_cast<size_t*>(scratch.take((count + 1) * sizeof(size_t)));
   if (first_split == nullptr) return fail(K25_FAILED, message, "k25.MLA: no memory for %zu tokens", count);
   size_t most = 0;
@@ -341,7 +352,8 @@ static k25_status attend_absorbed(const MlaCall& call, const int32_t* tokens, si
   const size_t panels = divided_up(call.heads, kPanelLanes);
   for (size_t begin = 0; begin < count;) {
     const WaveSize size = next_wave(call, tokens + begin, count - begin, first_split);
-    Wave wave{&call, tokens + begin, size.count, panels, first_split, nullptr, nullptr, nullptr, false};
+    Wave wave{&call, tokens + begin, size.count, panels, first_split, begin == 0 ? new_rows : nullptr,
+              nullptr, nullptr, nullptr, false};
     if (!run_wave(wave, space)) return fail(K25_FAILED, message, "k25.MLA: no memory for a thread's tiles");
     begin += size.count;
   }

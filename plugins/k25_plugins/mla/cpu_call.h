@@ -153,6 +153,13 @@ static void rotation_task(void* state, size_t index) {
   }
 }
 
+struct NewRows {
+  Rotations* rotations;
+  float* row;  // space for one
+};
+
+static size_t rotation_tasks(const MlaCall& call) { return divided_up(call.tokens, kRotationTokens); }
+
 // The new rows, latent then rotated key, in the cache's dtype. One thread: it is a copy, and if two tokens share a
 // place against the rules, the later wins, always.
 static void write_new_rows(const MlaCall& call, float* row) {
@@ -164,12 +171,29 @@ static void write_new_rows(const MlaCall& call, float* row) {
   }
 }
 
-// Query of one head of a token, rotated and in units of log2: [nope + rope].
-K25_INLINE void read_query(const MlaCall& call, size_t token, size_t head, float* to) {
-  const size_t width = call.nope + call.rope;
-  read_floats(call.q, (token * call.heads + head) * width, width, to);
-  rotate(call, token, to + call.nope, to + call.nope);
-  for (size_t i = 0; i < width; ++i) to[i] *= call.scale_log2;
+// Rotations and new rows of few tokens.
+static void write_new_rows(const NewRows& rows) {
+  const MlaCall& call = *rows.rotations->call;
+  for (size_t index = 0; index < rotation_tasks(call); ++index) rotation_task(rows.rotations, index);
+  write_new_rows(call, rows.row);
+}
+
+// `count` values from `first` on of the query of one head of a token.
+K25_INLINE void read_q(const MlaCall& call, size_t token, size_t head, size_t first, size_t count, float* to) {
+  read_floats(call.q, (token * call.heads + head) * (call.nope + call.rope) + first, count, to);
+}
+
+// What is not rotated of the query of one head, in units of log2: [nope].
+K25_INLINE void read_nope(const MlaCall& call, size_t token, size_t head, float* to) {
+  read_q(call, token, head, 0, call.nope, to);
+  for (size_t i = 0; i < call.nope; ++i) to[i] *= call.scale_log2;
+}
+
+// The rest, rotated, in units of log2: [rope].
+K25_INLINE void read_rope(const MlaCall& call, size_t token, size_t head, float* to) {
+  read_q(call, token, head, call.nope, call.rope, to);
+  rotate(call, token, to, to);
+  for (size_t i = 0; i < call.rope; ++i) to[i] *= call.scale_log2;
 }
 
 constexpr int kLinesAtOnce = 18;  // a tile has some 140 register tiles and up to 2304 lines

@@ -76,7 +76,8 @@ static void pack_queries(const MlaCall& call, const Span& span, size_t head, flo
   for (size_t token = 0; token < span.count; token += kLanes) {
     const size_t lanes = smaller(kLanes, span.count - token);
     for (size_t lane = 0; lane < lanes; ++lane) {
-      read_query(call, span.first + token + lane, head, space + lane * stride);
+      read_nope(call, span.first + token + lane, head, space + lane * stride);
+      read_rope(call, span.first + token + lane, head, space + lane * stride + call.nope);
     }
     float* panel = to + token / kPanelLanes * width * kPanelLanes + token % kPanelLanes;
     transpose_to_lanes(space, stride, lanes, width, panel, kPanelLanes);
