@@ -7,6 +7,7 @@
 // Errors come back as a status with the core's message.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_c_api.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,6 +23,25 @@ namespace {
 enum { kMaxInputs = 7, kMaxOutputs = 2, kMaxInvFreq = 4096, kMessageBytes = 512 };
 
 const OrtApi* api = nullptr;
+
+// GetTensorElementTypeAndShapeDataReference, of ONNX Runtime 1.24 on: type and dimensions where they are, without the
+// allocations of GetTensorTypeAndShape, which make a quarter of what an operator costs that does nothing. Headers may be older
+// than the runtime: the table of functions only grows, and this is the last one of its version 24, the 415th.
+using ReadShape = OrtStatus* (*)(const OrtValue*, ONNXTensorElementDataType*, const int64_t**, size_t*);
+constexpr uint32_t kReadShapeVersion = 24;
+constexpr size_t kReadShapePlace = 414;
+ReadShape read_shape = nullptr;
+
+// Asking for a version that there is not prints a complaint.
+void find_read_shape(const OrtApiBase* base) {
+  int major = 0, minor = 0;
+  if (sscanf(base->GetVersionString(), "%d.%d", &major, &minor) != 2 || major != 1) return;
+  if (minor < static_cast<int>(kReadShapeVersion)) return;
+  const OrtApi* newer = base->GetApi(kReadShapeVersion);
+  if (newer == nullptr) return;
+  const void* at = reinterpret_cast<const char*>(newer) + kReadShapePlace * sizeof(void*);
+  memcpy(&read_shape, at, sizeof read_shape);
+}
 
 union Attributes {
   k25_mla_attributes mla;
@@ -200,22 +220,33 @@ const Functions kFunctions[] = {
 
 // Running.
 
-OrtStatus* read_tensor(const OrtValue* value, k25_tensor* tensor) {
+OrtStatus* too_many_axes() { return status_of(K25_INVALID, "k25: expected a tensor of at most 8 axes"); }
+
+OrtStatus* read_shape_of_older(const OrtValue* value, ONNXTensorElementDataType* type, size_t* rank, int64_t* dims) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* status = api->GetTensorTypeAndShape(value, &info)) return status;
-  size_t rank = 0;
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  OrtStatus* status = api->GetDimensionsCount(info, &rank);
-  if (status == nullptr && rank > K25_MAX_RANK) {
-    status = status_of(K25_INVALID, "k25: expected a tensor of at most 8 axes");
-  }
-  if (status == nullptr) status = api->GetDimensions(info, tensor->dims, rank);
-  if (status == nullptr) status = api->GetTensorElementType(info, &type);
+  OrtStatus* status = api->GetDimensionsCount(info, rank);
+  if (status == nullptr && *rank > K25_MAX_RANK) status = too_many_axes();
+  if (status == nullptr) status = api->GetDimensions(info, dims, *rank);
+  if (status == nullptr) status = api->GetTensorElementType(info, type);
   api->ReleaseTensorTypeAndShapeInfo(info);
+  return status;
+}
+
+OrtStatus* read_tensor(const OrtValue* value, k25_tensor* tensor) {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  size_t rank = 0;
+  if (read_shape == nullptr) {
+    if (OrtStatus* status = read_shape_of_older(value, &type, &rank, tensor->dims)) return status;
+  } else {
+    const int64_t* dims = nullptr;
+    if (OrtStatus* status = read_shape(value, &type, &dims, &rank)) return status;
+    if (rank > K25_MAX_RANK) return too_many_axes();
+    for (size_t axis = 0; axis < rank; ++axis) tensor->dims[axis] = dims[axis];
+  }
   tensor->rank = static_cast<int32_t>(rank);
   tensor->dtype = static_cast<int32_t>(type);
-  if (status == nullptr) status = api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor->data);
-  return status;
+  return api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor->data);
 }
 
 // Each task is a batch of its own: a thread that is held up does not hold up those after it.
@@ -422,6 +453,7 @@ struct Domain {
 extern "C" K25_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   k25::api = base->GetApi(ORT_API_VERSION);
   if (k25::api == nullptr) return nullptr;  // an older ONNX Runtime than the headers: the bodies run
+  k25::find_read_shape(base);
   static k25::Domain& domain = *new (std::nothrow) k25::Domain;
   if (domain.status != nullptr) return domain.status;
   return k25::api->AddCustomOpDomain(options, domain.domain);
