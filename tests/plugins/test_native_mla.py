@@ -211,6 +211,10 @@ CASES = {
     "sequences without a token": Case(sequences=((7, 0), (5, 1), (0, 0), (9, 2), (3, 0))),
     "more heads than a panel": Case(sequences=((40, 1), (3, 2)), heads=71, rank=33),
     "heads of three vectors": Case(sequences=((70, 1),), heads=41, block_size=1),
+    "short contexts": Case(sequences=((255, 1), (0, 1), (3, 2)), heads=5, rank=75, block_size=3),
+    "short contexts of whole vectors": Case(sequences=((254, 1), (126, 1)), heads=6, nope=32, rope=32, v=32, rank=288),
+    "a context too long to be short": Case(sequences=((256, 1), (2, 1)), heads=5, rank=75, block_size=3),
+    "a token too many to be short": Case(sequences=((9, 1), (255, 1), (1, 2), (0, 1)), heads=2, rank=40),
     "prefill": Case(sequences=((0, 150),), block_size=16, nope=24, v=24, rank=72),
     "chunk over a prefix": Case(sequences=((130, 90), (3, 77)), heads=2, rank=65, block_size=5),
     "prefill and decode": Case(sequences=((0, 100), (80, 1), (64, 64), (1, 3)), heads=3, rank=64, block_size=32),
@@ -307,6 +311,20 @@ def test_a_sequence_alone_and_in_a_batch_are_the_same_bits(library: NativeLibrar
         count = np.array([0, high - low], np.int32)
         alone = [q[span], latent[span], cache, kv_b, positions[span], count, table[sequence : sequence + 1]]
         np.testing.assert_array_equal(native(library, case, alone, isa=isa, mode=mode)[0], whole[span])
+
+
+def test_a_token_alone_and_among_many_agree(library: NativeLibrary, isa: Isa) -> None:
+    """Few tokens of short contexts take another way than many: the sums are in another order."""
+    case = replace(
+        CASES["a token too many to be short"], sequences=((9, 1), (255, 1), (100, 1), (31, 1), (0, 1), (256, 1))
+    )
+    q, latent, cache, kv_b, positions, starts, table = inputs_of(case)
+    whole, _ = native(library, case, [q, latent, cache, kv_b, positions, starts, table], isa=isa)
+    for token in range(len(q)):
+        span = slice(token, token + 1)
+        one = [q[span], latent[span], cache, kv_b, positions[span], np.array([0, 1], np.int32), table[span]]
+        alone, _ = native(library, case, one, isa=isa)
+        np.testing.assert_allclose(alone, whole[span], rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_that_is_not_a_number_reaches_only_those_who_see_it(library: NativeLibrary, isa: Isa) -> None:

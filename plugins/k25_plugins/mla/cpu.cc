@@ -1,6 +1,8 @@
 // k25.MLA on the CPU: new rows into the cache, then the absorbed form for few query tokens, the expanded one for many.
+// Absorbed, a few tokens of short contexts take one head after the other, others one part of a context after the other.
 #include "cpu_absorbed.h"
 #include "cpu_expanded.h"
+#include "cpu_short.h"
 #include "kernels.h"
 
 namespace k25 {
@@ -95,7 +97,8 @@ k25_status mla(const k25_tensor inputs[7], const k25_mla_attributes* attributes,
   if (work.span_count > 0) status = attend_expanded(call, work.spans, work.span_count, message);
   if (status == K25_OK && work.absorbed_count > 0) {
     const NewRows* later = is_later ? &new_rows : nullptr;
-    status = attend_absorbed(call, work.absorbed, work.absorbed_count, later, scratch, message);
+    const auto attend_tokens = is_short(call, work.absorbed, work.absorbed_count) ? attend_short : attend_absorbed;
+    status = attend_tokens(call, work.absorbed, work.absorbed_count, later, scratch, message);
   }
   return status;
 }

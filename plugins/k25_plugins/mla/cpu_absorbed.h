@@ -4,21 +4,19 @@
 //
 // The new rows of few tokens are rotated and written beside UK_h^T q_nope_h, which does not need them.
 //
-// A latent row is key and value of all heads at once: each is read once. The context of a token is cut into splits, a
+// A latent row is key and value of all heads at once: each is read once (short contexts: cpu_short.h). The context of a token is cut into splits, a
 // task each, whose sums are merged in their order; the cut depends on the length of the context alone, so a token's
 // result depends neither on threads nor on what else is in the batch.
 #ifndef K25_MLA_CPU_ABSORBED_H
 #define K25_MLA_CPU_ABSORBED_H
 
-#include "bf16_stream.h"
-#include "cpu_call.h"
+#include "cpu_heads.h"
 
 namespace k25 {
 namespace K25_ISA_NS {
 
 constexpr size_t kShortestSplit = 256, kGoodSplit = 1024, kMostSplits = 32;
 constexpr size_t kWaveBytes = size_t{48} << 20;  // of queries and sums of the tokens that are on their way together
-constexpr size_t kTokenTile = kStreamTokens;     // tokens that share a read of kv_b
 
 // Eight splits where that makes them of good length: short ones cost merging, long ones leave threads without work.
 K25_INLINE size_t split_length(size_t context) {
@@ -50,85 +48,14 @@ K25_INLINE Panel wave_panel(const Wave& wave, size_t split, size_t panel) {
 K25_INLINE size_t panel_heads(const MlaCall& call, size_t panel) {
   return smaller(kPanelLanes, call.heads - panel * kPanelLanes);
 }
-K25_INLINE const uint16_t* head_rows(const MlaCall& call, size_t head) {
-  return call.kv_b + head * (call.nope + call.v) * call.rank;
-}
-
-constexpr int kRowsAtOnce = 4;
-
-K25_INLINE size_t split_stride(const MlaCall& call) { return static_cast<size_t>(padded(call.rank, kSplitChunk)); }
-
-// sums[t] += query[t][d] * rows[d] for kRows rows from d on, every sum in the order of d; sums in split order. The rows pass
-// side by side, but lines are asked for in the order of memory.
-template <int kTokens, int kRows>
-K25_INLINE void absorb_rows(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows,
-                            float* sums) {
-  const size_t stride = split_stride(call);
-  const char* ahead = reinterpret_cast<const char*>(rows) + kStreamAhead;
-  for (size_t column = 0; column < call.rank; column += kSplitChunk) {
-    F32 even[kRows], odd[kRows];
-    K25_UNROLL
-    for (int row = 0; row < kRows; ++row, ahead += 4 * W) {
-      const uint16_t* at = rows + row * call.rank + column;
-      if (column + kSplitChunk <= call.rank) {
-        load_bf16_split(at, &even[row], &odd[row]);
-      } else {
-        load_tail(at, static_cast<int64_t>(call.rank - column), &even[row], &odd[row]);
-      }
-      prefetch(ahead);
-    }
-    K25_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      float* to = sums + t * stride + column;
-      F32 even_sum = load(to), odd_sum = load(to + W);
-      K25_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        const F32 factor = set1(query[t * query_stride + row]);
-        even_sum = fma(factor, even[row], even_sum);
-        odd_sum = fma(factor, odd[row], odd_sum);
-      }
-      store(to, even_sum);
-      store(to + W, odd_sum);
-    }
-  }
-}
-
-// to[t] = UK^T query[t]: the rows of UK pass once, in their order in memory. `sums` is space for kTokens rows.
-template <int kTokens>
-static void absorb(const MlaCall& call, const float* query, size_t query_stride, const uint16_t* rows, float* sums,
-                   float* to, size_t to_stride) {
-  memset(sums, 0, kTokens * split_stride(call) * sizeof(float));
-  size_t d = 0;
-  for (; d + kRowsAtOnce <= call.nope; d += kRowsAtOnce) {
-    absorb_rows<kTokens, kRowsAtOnce>(call, query + d, query_stride, rows + d * call.rank, sums);
-  }
-  for (; d < call.nope; ++d) absorb_rows<kTokens, 1>(call, query + d, query_stride, rows + d * call.rank, sums);
-  for (int t = 0; t < kTokens; ++t) {
-    from_split_order(sums + t * split_stride(call), static_cast<int64_t>(call.rank), to + t * to_stride);
-  }
-}
-
 // Absorbed queries of one head, all tokens of the wave.
 static void absorb_head(Wave& wave, size_t head) {
   const MlaCall& call = *wave.call;
-  const size_t stride = call.heads * call.rank;
-  const size_t floats = kTokenTile * (split_stride(call) + call.nope);
-  float* sums = static_cast<float*>(thread_scratch(floats * sizeof(float)));
-  if (sums == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
-  float* query = sums + kTokenTile * split_stride(call);
+  float* space = static_cast<float*>(thread_scratch(absorb_floats(call) * sizeof(float)));
+  if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
-    const size_t count = smaller(kTokenTile, wave.count - first);
-    float* to = wave.queries + (first * call.heads + head) * call.rank;
-    for (size_t t = 0; t < count; ++t) {
-      read_nope(call, static_cast<size_t>(wave.tokens[first + t]), head, query + t * call.nope);
-    }
-    if (count == kTokenTile) {
-      absorb<kTokenTile>(call, query, call.nope, head_rows(call, head), sums, to, stride);
-      continue;
-    }
-    for (size_t t = 0; t < count; ++t) {
-      absorb<1>(call, query + t * call.nope, call.nope, head_rows(call, head), sums, to + t * stride, stride);
-    }
+    absorb_tokens(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first), space,
+                  wave.queries + (first * call.heads + head) * call.rank, call.heads * call.rank);
   }
 }
 
@@ -271,28 +198,11 @@ static void merge_task(void* state, size_t index) {
 static void out_task(void* state, size_t head) {
   Wave& wave = *static_cast<Wave*>(state);
   const MlaCall& call = *wave.call;
-  const uint16_t* rows = head_rows(call, head) + call.nope * call.rank;
-  const size_t split = split_stride(call);
-  float* space = static_cast<float*>(thread_scratch((kTokenTile * (split + call.v) + call.v) * sizeof(float)));
+  float* space = static_cast<float*>(thread_scratch(out_floats(call) * sizeof(float)));
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
-  float* found = space + kTokenTile * split;  // [v][tokens]
-  float* values = found + kTokenTile * call.v;
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
-    const size_t count = smaller(kTokenTile, wave.count - first);
-    const float* z[kTokenTile];
-    for (size_t t = 0; t < count; ++t) {
-      const float* mixed = wave.mixed + ((first + t) * call.heads + head) * call.rank;
-      to_split_order(mixed, true, static_cast<int64_t>(call.rank), space + t * split);
-      z[t] = space + t * split;
-    }
-    stream_rows_of(static_cast<int>(count), rows, static_cast<int64_t>(call.v), static_cast<int64_t>(call.rank), z, found);
-    for (size_t t = 0; t < count; ++t) {
-      const size_t token = static_cast<size_t>(wave.tokens[first + t]);
-      if (count > 1) {
-        for (size_t i = 0; i < call.v; ++i) values[i] = found[i * count + t];
-      }
-      write_floats(call.out, (token * call.heads + head) * call.v, call.v, count > 1 ? values : found);
-    }
+    write_outputs(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first),
+                  wave.mixed + (first * call.heads + head) * call.rank, call.heads * call.rank, space);
   }
 }
 
