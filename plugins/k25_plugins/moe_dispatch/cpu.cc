@@ -122,19 +122,17 @@ void stream_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t st
   const auto x = [&](int m) { return x_row<char>(call, call.few, call.groups.tokens[group.first_pair + m]); };
   const int64_t words = call.hidden / 8, scale_count = words / call.words_per_group;
   const PackedMatrix &gate = group.gate, &up = group.up;
-  float found[kRows * 2 * kStreamTokens];
+  static_assert(kStreamRows == 2 * kRows, "gate and up of a task");
+  float found[kStreamTokens * kStreamRows];
+  if (count < kRows) memset(found, 0, sizeof found);
   stream_rows<2>(call, tokens,
                  {{gate.words + first * words, up.words + first * words},
                   {gate.scales + first * scale_count, up.scales + first * scale_count},
-                  words, call.words_per_group, 1, count},
+                  words, call.words_per_group, 1, count, 1, kRows},
                  x, found);
   for (int m = 0; m < tokens; ++m) {
-    float gates[kRows] = {}, ups[kRows] = {};
-    for (int row = 0; row < count; ++row) {
-      gates[row] = found[2 * row * kStreamTokens + m];
-      ups[row] = found[(2 * row + 1) * kStreamTokens + m];
-    }
-    write_inner(call, group, group.first_pair + m, first, count, gates, ups);
+    const float* gates = found + m * kStreamRows;
+    write_inner(call, group, group.first_pair + m, first, count, gates, gates + kRows);
   }
 }
 
@@ -224,21 +222,22 @@ void stream_down(const Call& call, const ExpertGroup& group, int64_t first, int6
   const int32_t* rows = group.down.words + first * words;
   const uint16_t* scales = group.down.scales + first * scale_count;
   const int64_t count = stop - first, twos = count / 2;
-  float found[kDownRows * kStreamTokens];
+  static_assert(kStreamRows == kDownRows, "rows of a task");
+  float found[kStreamTokens * kStreamRows];
   stream_rows<2>(call, tokens,
                  {{rows, rows + words}, {scales, scales + scale_count}, words, call.words_per_group, 2,
-                  static_cast<int>(twos)},
+                  static_cast<int>(twos), 2, 1},
                  x, found);
   if (count % 2 != 0) {
     stream_rows<1>(call, tokens,
-                   {{rows + 2 * twos * words}, {scales + 2 * twos * scale_count}, words, call.words_per_group, 1, 1}, x,
-                   found + 2 * twos * kStreamTokens);
+                   {{rows + 2 * twos * words}, {scales + 2 * twos * scale_count}, words, call.words_per_group, 1, 1, 1, 1}, x,
+                   found + 2 * twos);
   }
   for (int m = 0; m < tokens; ++m) {
     const int64_t pair = group.first_pair + m;
     float* total = totals + call.groups.tokens[pair] * kDownRows;
     for (int64_t row = 0; row < count; ++row) {
-      total[row] += call.groups.weights[pair] * found[row * kStreamTokens + m];
+      total[row] += call.groups.weights[pair] * found[m * kStreamRows + row];
     }
   }
 }

@@ -132,68 +132,135 @@ struct WordReader<true> {
 };
 #endif
 
+// Loads that rows share are made once: the compiler would rather make them anew in each instruction, and loads are what these
+// loops wait for.
+#if defined(__AVX512F__)
+K25_INLINE void keep_in_registers(I32& value) { __asm__("" : "+v"(value)); }
+K25_INLINE void keep_in_registers(FixedChunk& chunk) {
+  __asm__("" : "+v"(chunk.high_even), "+v"(chunk.high_odd), "+v"(chunk.low_even), "+v"(chunk.low_odd));
+  __asm__("" : "+v"(chunk.offset), "+v"(chunk.scale));
+}
+#else
+K25_INLINE void keep_in_registers(I32&) {}
+K25_INLINE void keep_in_registers(FixedChunk&) {}
+#endif
+
 template <int M, int R, bool kGroups32, bool kAcrossLines>
-K25_INLINE void fixed_row(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
+static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
+  constexpr int64_t kLineVectors = kScaleLineWords / W;  // that share a line of scales
+  constexpr int kBlock = kSumRows<M, R>;
   const I32 nibble = set1i(0x0f0f0f0f);
-  F32 total[R][M];
+  const int64_t whole = rows.row_words / W, left = rows.row_words % W;
+  const int64_t next_words = rows.step * rows.row_words, next_scales = rows.step * rows.row_scales();
+  const bool goes_on = kAcrossLines && rows.step == 1 && left == 0;  // where a row ends, its side's next one begins
   WordReader<kAcrossLines> reader[R];
+  const int32_t* words[R];
+  const uint16_t* scales[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    reader[r].start(rows.words[r]);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) total[r][m] = zero();
+    words[r] = rows.words[r];
+    scales[r] = rows.scales[r];
+    reader[r].start(words[r]);
   }
-  const auto add = [&](int64_t index, int r, I32 packed, F32 scale) __attribute__((always_inline)) {
-    const I32 even = packed & nibble, odd = (packed >> 4) & nibble;
+  F32 totals[kBlock][R][M];
+  for (int n = 0; n < rows.count; ++n) {
+    F32 total[R][M], scale[R];
+    I32 packed[R];
+    const FixedChunk* at[M];
+    const char* ahead[R];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const FixedChunk& at = x[m][index];
-      const I32 high = add_products(I32{}, even, at.high_even, odd, at.high_odd);
-      const I32 low = add_products(at.offset, even, at.low_even, odd, at.low_odd);
-      const F32 sum = __builtin_convertvector((high << 8) + low, F32);
-      total[r][m] = fma(sum * at.scale, scale, total[r][m]);
-    }
-  };
-  const int64_t whole = rows.row_words / W * W;
-  int64_t word = 0;
-  for (; word + W < whole; word += W) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) add(word / W, r, reader[r].next(), rows.template scales_at<kGroups32>(r, word));
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R && word < whole; ++r) {
-    add(word / W, r, reader[r].last(), rows.template scales_at<kGroups32>(r, word));
-  }
-  if (whole < rows.row_words) {
-    const int count = static_cast<int>(rows.row_words - whole);
+    for (int m = 0; m < M; ++m) at[m] = x[m];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t lanes[W] = {};
-      memcpy(lanes, rows.words[r] + whole, sizeof(int32_t) * static_cast<size_t>(count));
-      add(whole / W, r, load_i32(lanes), word_scales(rows.scales[r], whole, rows.words_per_group, count));
+      ahead[r] = reinterpret_cast<const char*>(words[r]) + kPrefetchBytes;
+      if (!goes_on) reader[r].start(words[r]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[r][m] = zero();
     }
-  }
+    const auto add = [&]() __attribute__((always_inline)) {
+      I32 even[R], odd[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r) {
+        even[r] = packed[r] & nibble;
+        odd[r] = (packed[r] >> 4) & nibble;
+      }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
+      for (int m = 0; m < M; ++m) {
+        FixedChunk chunk = *at[m]++;
+        keep_in_registers(chunk);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const I32 high = add_products(I32{}, even[r], chunk.high_even, odd[r], chunk.high_odd);
+          const I32 low = add_products(chunk.offset, even[r], chunk.low_even, odd[r], chunk.low_odd);
+          const F32 sum = __builtin_convertvector((high << 8) + low, F32);
+          total[r][m] = fma(sum * chunk.scale, scale[r], total[r][m]);
+        }
+      }
+    };
+    const auto scale_at = [&](int64_t vector, int r) __attribute__((always_inline)) {
+      return kGroups32 ? word_scales_32(scales[r] + vector * (W / 4))
+                       : word_scales(scales[r], vector * W, rows.words_per_group, W);
+    };
+    const bool is_last = kAcrossLines && (!goes_on || n + 1 == rows.count);  // what follows may not be read
+    const int64_t most = is_last ? whole - 1 : whole;
+    for (int64_t vector = 0; vector < most;) {
+      const int64_t stop = vector + kLineVectors < most ? vector + kLineVectors : most;
+#pragma GCC unroll 8
+      for (int r = 0; r < R && kGroups32; ++r) {
+        prefetch(reinterpret_cast<const char*>(scales[r] + vector * (W / 4)) + kPrefetchBytes / 8);
+      }
+      for (; vector < stop; ++vector) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          prefetch(ahead[r] + vector * static_cast<int64_t>(sizeof(I32)));
+          packed[r] = reader[r].next();
+          keep_in_registers(packed[r]);
+          scale[r] = scale_at(vector, r);
+        }
+        add();
+      }
+    }
+    if (is_last && whole > 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        packed[r] = reader[r].last();
+        scale[r] = scale_at(whole - 1, r);
+      }
+      add();
+    }
+    if (left > 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t lanes[W] = {};
+        memcpy(lanes, words[r] + whole * W, sizeof(int32_t) * static_cast<size_t>(left));
+        packed[r] = load_i32(lanes);
+        scale[r] = word_scales(scales[r], whole * W, rows.words_per_group, static_cast<int>(left));
+      }
+      add();
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      words[r] += next_words;
+      scales[r] += next_scales;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) totals[n % kBlock][r][m] = total[r][m];
+    }
+    if (n % kBlock == kBlock - 1 || n + 1 == rows.count) {
+      write_sums<M, R>(rows, n - n % kBlock, n % kBlock + 1, totals, out);
+    }
   }
 }
 
 // Dot products of M activations with rows, as int4_rows.
 template <int M, int R, bool kGroups32>
-static void fixed_rows(PackedRows<R> rows, const FixedChunk* const* x, float* out) {
-  for (int n = 0; n < rows.count; ++n, rows.next(), out += R * kStreamTokens) {
+static void fixed_rows(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
 #if K25_HAS_LINES
-    bool across = kGroups32;  // other groups are rare: one way for them
-    for (int r = 0; r < R; ++r) across = across && is_across_lines(rows.words[r], rows.row_words / W);
-    if (across) {
-      fixed_row<M, R, kGroups32, kGroups32>(rows, x, out);
-      continue;
-    }
+  const int64_t vectors = rows.row_words / W * (rows.step == 1 && rows.row_words % W == 0 ? rows.count : 1);
+  bool across = kGroups32;  // other groups are rare: one way for them
+  for (int r = 0; r < R; ++r) across = across && is_across_lines(rows.words[r], vectors);
+  if (across) return fixed_rows_from<M, R, kGroups32, kGroups32>(rows, x, out);
 #endif
-    fixed_row<M, R, kGroups32, false>(rows, x, out);
-  }
+  fixed_rows_from<M, R, kGroups32, false>(rows, x, out);
 }
 
 template <int R>

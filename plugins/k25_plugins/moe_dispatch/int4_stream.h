@@ -37,31 +37,49 @@ K25_INLINE F32 word_scales_32(const uint16_t* scales) {
 constexpr int kPrefetchBytes = 4096;
 constexpr int64_t kScaleLineWords = 128;  // that share a line of scales in groups of 32
 
-// R rows that pass side by side, `count` times; each time every one moves on by `step` rows.
+// The most rows of a call, sides together.
+constexpr int kStreamRows = 32;
+
+// R rows that pass side by side, `count` times; each time every one moves on by `step` rows. The product of the n-th row of
+// side r with activation m goes to out[m * kStreamRows + n * out_next + r * out_side].
 template <int R>
 struct PackedRows {
   const int32_t* words[R];
   const uint16_t* scales[R];
   int64_t row_words, words_per_group, step;
-  int count;
+  int count, out_next, out_side;
 
-  __attribute__((always_inline)) void next() {
+  __attribute__((always_inline)) int64_t row_scales() const { return row_words / words_per_group; }
+};
+
+// Rows of a side whose sums over lanes are made together, four sums at a time.
+template <int M, int R>
+constexpr int kSumRows = R * M % 4 == 0 ? 1 : R * M % 2 == 0 ? 2 : 4;
+
+// Writes the sums of rows n to n + `count` of each side, count at most kSumRows; totals[row][r][m].
+template <int M, int R>
+K25_INLINE void write_sums(const PackedRows<R>& rows, int n, int count, F32 (&totals)[kSumRows<M, R>][R][M], float* out) {
+  constexpr int kSums = kSumRows<M, R> * R * M;
+  float found[kSums];
+  F32* flat = &totals[0][0][0];
+  for (int row = count; row < kSumRows<M, R>; ++row) {
+    for (int i = 0; i < R * M; ++i) flat[row * R * M + i] = zero();
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; i += 4) {
+    const F32 four[4] = {flat[i], flat[i + 1], flat[i + 2], flat[i + 3]};
+    sum_four(four, found + i);
+  }
+  for (int row = 0; row < count; ++row) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      words[r] += step * row_words;
-      scales[r] += step * (row_words / words_per_group);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        out[m * kStreamRows + (n + row) * rows.out_next + r * rows.out_side] = found[(row * R + r) * M + m];
+      }
     }
   }
-  // Scales of the W words at `word`, lines ahead asked for.
-  template <bool kGroups32>
-  __attribute__((always_inline)) F32 scales_at(int r, int64_t word) const {
-    prefetch(reinterpret_cast<const char*>(words[r] + word) + kPrefetchBytes);
-    if (!kGroups32) return word_scales(scales[r], word, words_per_group, W);
-    const uint16_t* at = scales[r] + word / 4;
-    if (word % kScaleLineWords == 0) prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes / 8);
-    return word_scales_32(at);
-  }
-};
+}
 
 // Calls rows<M, kGroups32>() for the M and the groups at hand.
 #define K25_FOR_TOKENS_AND_GROUPS(ROWS, R, TOKENS, GROUPS_32, ...)                                                     \
@@ -72,66 +90,55 @@ struct PackedRows {
     default: return GROUPS_32 ? ROWS<4, R, true>(__VA_ARGS__) : ROWS<4, R, false>(__VA_ARGS__);                        \
   }
 
-// Dot products of M activations (word order, `x[m]`) with rows: out[(n * R + r) * kStreamTokens + m] for the n-th time.
+// Dot products of M activations (word order, `x[m]`) with rows.
 template <int M, int R, bool kGroups32>
-static void int4_rows(PackedRows<R> rows, const float* const* x, float* out) {
-  for (int n = 0; n < rows.count; ++n, rows.next(), out += R * kStreamTokens) {
+static void int4_rows(const PackedRows<R>& rows, const float* const* x, float* out) {
+  constexpr int kBlock = kSumRows<M, R>;
+  F32 totals[kBlock][R][M];
+  for (int n = 0; n < rows.count; ++n) {
     F32 total[R][M];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[r][m] = zero();
     }
-    const auto chunk = [&](int64_t word, const I32 (&packed)[R], const F32 (&scale)[R]) __attribute__((always_inline)) {
-      F32 part[R][M];
+    const auto chunk = [&](int64_t word, int r, I32 packed, F32 scale) __attribute__((always_inline)) {
+      F32 part[M];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) part[r][m] = zero();
-      }
+      for (int m = 0; m < M; ++m) part[m] = zero();
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
+        const F32 value = int4(packed, i);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const F32 value = int4(packed[r], i);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) part[r][m] = fma(value, load(x[m] + word * 8 + i * W), part[r][m]);
-        }
+        for (int m = 0; m < M; ++m) part[m] = fma(value, load(x[m] + word * 8 + i * W), part[m]);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) total[r][m] = fma(part[r][m], scale[r], total[r][m]);
-      }
+      for (int m = 0; m < M; ++m) total[r][m] = fma(part[m], scale, total[r][m]);
     };
     const int64_t whole = rows.row_words / W * W;
-    for (int64_t word = 0; word < whole; word += W) {
-      I32 packed[R];
-      F32 scale[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        packed[r] = load_i32(rows.words[r] + word);
-        scale[r] = rows.template scales_at<kGroups32>(r, word);
-      }
-      chunk(word, packed, scale);
-    }
-    if (whole < rows.row_words) {
-      const int count = static_cast<int>(rows.row_words - whole);
-      I32 packed[R];
-      F32 scale[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t lanes[W] = {};
-        memcpy(lanes, rows.words[r] + whole, sizeof(int32_t) * static_cast<size_t>(count));
-        packed[r] = load_i32(lanes);
-        scale[r] = word_scales(rows.scales[r], whole, rows.words_per_group, count);
-      }
-      chunk(whole, packed, scale);
-    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      const int32_t* words = rows.words[r] + n * rows.step * rows.row_words;
+      const uint16_t* scales = rows.scales[r] + n * rows.step * rows.row_scales();
+      for (int64_t word = 0; word < whole; word += W) {
+        prefetch(reinterpret_cast<const char*>(words + word) + kPrefetchBytes);
+        if (kGroups32 && word % kScaleLineWords == 0) {
+          prefetch(reinterpret_cast<const char*>(scales + word / 4) + kPrefetchBytes / 8);
+        }
+        chunk(word, r, load_i32(words + word),
+              kGroups32 ? word_scales_32(scales + word / 4) : word_scales(scales, word, rows.words_per_group, W));
+      }
+      if (whole < rows.row_words) {
+        const int count = static_cast<int>(rows.row_words - whole);
+        int32_t lanes[W] = {};
+        memcpy(lanes, words + whole, sizeof(int32_t) * static_cast<size_t>(count));
+        chunk(whole, r, load_i32(lanes), word_scales(scales, whole, rows.words_per_group, count));
+      }
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) out[r * kStreamTokens + m] = sum(total[r][m]);
+      for (int m = 0; m < M; ++m) totals[n % kBlock][r][m] = total[r][m];
+    }
+    if (n % kBlock == kBlock - 1 || n + 1 == rows.count) {
+      write_sums<M, R>(rows, n - n % kBlock, n % kBlock + 1, totals, out);
     }
   }
 }
