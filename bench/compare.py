@@ -169,6 +169,7 @@ def measure(running: Sequence[Contender], options: argparse.Namespace, ids: np.n
     """Rounds in turns: seconds of each work by contender, and the bandwidth."""
     bandwidth = ReadBandwidth(native_library())
     rates: list[float] = []
+    around: list[tuple[float, float]] = []  # the bandwidth before and after each of k25's decode rounds
     times: dict[str, dict[str, list[float]]] = {item.name: {work: [] for work in WORKS} for item in running}
     prompts = {"prefill": ids[: options.tokens].tolist(), "decode": ids[: options.context].tolist()}
     tokens = ids[options.context : options.context + options.steps + 1].tolist()
@@ -180,7 +181,24 @@ def measure(running: Sequence[Contender], options: argparse.Namespace, ids: np.n
                 seconds = contender.ask(do=work, prompt=prompts[work], tokens=tokens)
                 if turn:  # the first is a warm-up
                     times[contender.name][work].append(seconds)
-    return {"rates": rates, "times": times}
+                    if contender.name == "k25" and work == "decode":
+                        around.append((rates[-1], bandwidth()))
+    return {"rates": rates, "around": around, "times": times}
+
+
+#: Where the bandwidth before and after differs by more, the memory changed its speed meanwhile.
+SAME_SPEED = 0.1
+
+
+def share_by_round(measured: dict[str, Any], bytes_a_step: int) -> dict[str, Any]:
+    """Of each round of k25's decode its share of the bandwidth measured around it; rounds of one speed only."""
+    rounds = []
+    for (before, after), seconds in zip(measured["around"], measured["times"]["k25"]["decode"], strict=True):
+        if abs(after - before) <= SAME_SPEED * max(before, after):
+            rate = (before + after) / 2
+            rounds.append({"gb_per_s": rate / 1e9, "share": bytes_a_step / seconds / rate})
+    shares = [row["share"] for row in rounds]
+    return {"median": statistics.median(shares) if shares else None, "rounds": rounds}
 
 
 def result(measured: dict[str, Any], options: argparse.Namespace, bytes_a_step: int) -> dict[str, Any]:
@@ -211,6 +229,7 @@ def result(measured: dict[str, Any], options: argparse.Namespace, bytes_a_step: 
             "best": bytes_a_step / best / max(rates),
             "median": bytes_a_step / median / statistics.median(rates),
         },
+        "decode_share_by_round": share_by_round(measured, bytes_a_step),
         "contenders": rows,
     }
 
@@ -220,7 +239,7 @@ def table(report: dict[str, Any]) -> str:
     share, read = report["decode_share_of_bandwidth"], report["read_gb_per_s"]
     lines = [
         f"reading {read['best']:.1f} GB/s (median {read['median']:.1f}); decode of k25 reaches "
-        f"{share['best']:.0%} of it (median {share['median']:.0%})",
+        f"{share['best']:.0%} of it (median {share['median']:.0%}; {_by_round(report['decode_share_by_round'])})",
         "",
         "| contender | work | tokens/s best | median | ms best | median | k25 faster by, best | median |",
         "|---|---|---|---|---|---|---|---|",
@@ -233,6 +252,13 @@ def table(report: dict[str, Any]) -> str:
                 f"{time['median']:.2f} | {ratio['best']:.2f} | {ratio['median']:.2f} |"
             )
     return "\n".join(lines)
+
+
+def _by_round(shares: dict[str, Any]) -> str:
+    rounds = shares["rounds"]
+    if not rounds:
+        return "no round in which the memory kept its speed"
+    return f"round by round {shares['median']:.0%} in {len(rounds)} that kept one speed of memory"
 
 
 def picture(report: dict[str, Any], options: argparse.Namespace) -> str:
