@@ -44,6 +44,7 @@ class OnnxRuntimeInstance:
     def run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
         """Run on OrtValues; `K25Error` carries ONNX Runtime's message."""
         bound_inputs, bound_outputs = self._inputs, self._outputs
+        self._step.runs(self)
         try:
             for name, value in inputs.items():
                 if bound_inputs.get(name) is not value:
@@ -58,7 +59,6 @@ class OnnxRuntimeInstance:
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise K25Error(f"{self._label}: ONNX Runtime cannot bind: {error}") from error
         self.run_again()
-        self._step.ran(self)
 
     def run_again(self) -> None:
         """Run on the OrtValues of the last run."""
@@ -149,18 +149,16 @@ class OnnxRuntimeCpu(HostBackend):
 
     def step(self, function: Step, inputs: Mapping[str, HostTensor]) -> HostTensor | None:
         """Call the function on arrays that the steps share; what the last step did with the same is done again."""
-        # The model is told apart by its identity: what it ran is gone before another can have it.
-        model = id(getattr(function, "__self__", function))
-        key = (model, *((name, tensor.array.shape, tensor.dtype) for name, tensor in inputs.items()))
-        arrays = self._buffers.begin(inputs)
-        runs = self._repeated.runs_of(key)
+        shapes = tuple((name, tensor.array.shape, tensor.dtype) for name, tensor in inputs.items())
         result: HostTensor | None = None
         try:
+            arrays = self._buffers.begin(inputs)
+            runs = self._repeated.noted_runs(function, shapes)
             if runs is None:
                 self._repeated.begin()
                 result = function(arrays)
                 if self._buffers.is_repeatable:
-                    self._repeated.end(key, result)
+                    self._repeated.end(function, shapes, result)
                 else:
                     self._repeated.forget()
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def runtime(tiny: Any) -> Iterator[Runtime]:
 def plain(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """One that repeats nothing."""
     backend = OnnxRuntimeCpu(threads=1)
-    monkeypatch.setattr(backend._repeated, "runs_of", lambda key: None)
+    monkeypatch.setattr(backend._repeated, "noted_runs", lambda function, shapes: None)
     with Runtime.open(tiny.bundle, backend=backend, context=256, max_sequences=4) as opened:
         yield opened
 
@@ -166,38 +167,93 @@ def test_a_failed_repetition_begins_anew(runtime: Runtime, counted: Counted, mon
     assert counted.steps == steps + 1
 
 
+@pytest.mark.parametrize("fault", ["position", "cache"])
+def test_a_layer_that_failed_between_leaves_no_trace(runtime: Runtime, plain: Runtime, fault: str) -> None:
+    """Its instance is bound to what failed: nothing of that may be run again."""
+    found = []
+    for opened in (runtime, plain):
+        opened.prefill(PROMPT)
+        logits = decoded(opened, NEXT[:2])
+        batch = opened.reserved_batch([(opened.new_sequence(), [1])])
+        hidden = opened.runner.embed(batch)
+        if fault == "position":
+            batch = replace(batch, positions=np.full_like(batch.positions, 10**6))
+        cache = HostTensor(np.zeros((1, 1), np.float32), "float32") if fault == "cache" else None
+        with pytest.raises(K25Error):
+            opened.runner.run_layer(0, hidden, batch, cache=cache)
+        logits += decoded(opened, NEXT[2:])
+        found.append(logits)
+    for ours, wanted in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def test_functions_of_one_object_are_told_apart() -> None:
+    backend = OnnxRuntimeCpu(threads=1)
+
+    class Model:
+        def first(self, inputs: Mapping[str, Any]) -> HostTensor:
+            return HostTensor(inputs["x"].array + 1, "float32")
+
+        def second(self, inputs: Mapping[str, Any]) -> HostTensor:
+            return HostTensor(inputs["x"].array + 2, "float32")
+
+    model, inputs = Model(), {"x": HostTensor(np.zeros(1, np.float32), "float32")}
+    made = [backend.step(function, inputs) for function in (model.first, model.second, model.first)]
+    assert [float(tensor.array[0]) for tensor in made if tensor is not None] == [1.0, 2.0, 1.0]
+
+
 class Instance:
     def run_again(self) -> None:
         pass
 
 
-def noted(step: RepeatedStep, *instances: Instance, key: object = "key") -> None:
+class Owner:
+    def step(self) -> None:
+        pass
+
+    def other(self) -> None:
+        pass
+
+
+OWNER = Owner()
+
+
+def noted(step: RepeatedStep, *instances: Instance, function: Any = OWNER.step, shapes: object = "shapes") -> None:
     step.begin()
     for instance in instances:
-        step.ran(instance)
-    step.end(key, HostTensor(np.zeros(1, np.float32), "float32"))
+        step.runs(instance)
+    step.end(function, shapes, HostTensor(np.zeros(1, np.float32), "float32"))
 
 
-def test_a_note_is_of_one_key_and_of_living_instances() -> None:
+def test_a_note_is_of_one_function_of_one_shape_and_of_living_instances() -> None:
     step, first, second = RepeatedStep(), Instance(), Instance()
-    assert step.runs_of("key") is None
+    assert step.noted_runs(OWNER.step, "shapes") is None
     noted(step, first, second)
-    assert step.runs_of("key") == [first, second]
-    assert step.runs_of("other") is None
+    assert step.noted_runs(OWNER.step, "shapes") == [first, second]
+    assert step.noted_runs(OWNER.step, "others") is None
+    assert step.noted_runs(OWNER.other, "shapes") is None
+    assert step.noted_runs(Owner().step, "shapes") is None
     del second
     gc.collect()
-    assert step.runs_of("key") is None
+    assert step.noted_runs(OWNER.step, "shapes") is None
+
+
+def test_a_function_that_is_gone_is_no_other() -> None:
+    step, first = RepeatedStep(), Instance()
+    noted(step, first, function=lambda: None)
+    gc.collect()
+    assert step.noted_runs(lambda: None, "shapes") is None
 
 
 def test_whatever_runs_outside_ends_a_note() -> None:
     step, first = RepeatedStep(), Instance()
     noted(step, first)
-    step.ran(first)
-    assert step.runs_of("key") is None
+    step.runs(first)
+    assert step.noted_runs(OWNER.step, "shapes") is None
     assert step.result is None
 
 
 def test_an_instance_that_runs_twice_makes_no_note() -> None:
     step, first = RepeatedStep(), Instance()
     noted(step, first, first)
-    assert step.runs_of("key") is None
+    assert step.noted_runs(OWNER.step, "shapes") is None

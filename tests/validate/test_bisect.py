@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.inliner import inline_selected_functions
 
 from k25_cli.main import run
 from k25_export.manifest import read_manifest
+from k25_plugins.errors import InputError
 from k25_runtime.model_runner import ModelRunner
 from k25_runtime.onnxruntime_cpu import OnnxRuntimeCpu
 from k25_validate.bisect import bisect_bundle
@@ -109,6 +111,15 @@ def test_every_float_of_a_traced_graph_has_its_value_in_the_reference(component:
         assert not found.wired
         floats = {name for name in variable if graph.element_types[name] == onnx.TensorProto.FLOAT}
         assert floats <= set(found.taps)
+
+
+def test_a_bundle_of_before_the_norm_was_an_op_is_refused(tiny: Any) -> None:
+    manifest = read_manifest(tiny.bundle)
+    entry = next(entry for entry in manifest.components if entry.name == "moe_layer")
+    model = onnx.load(tiny.bundle / "components" / "moe_layer.fp32.onnx")
+    plain = inline_selected_functions(model, [("k25", "RMSNorm"), ("k25", "Router")])
+    with pytest.raises(InputError, match=r"moe_layer: expected nodes k25.RMSNorm, .* Export it again"):
+        tap_map("moe_layer", StraightGraph(plain), weights=list(entry.bindings))
 
 
 def test_every_float_of_the_vision_tower_has_its_value_in_the_reference(tiny: Any) -> None:

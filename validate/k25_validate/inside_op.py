@@ -31,8 +31,10 @@ Formula = Callable[[Mapping[str, Array]], Taps]
 #: Stages are computed from the op's own inputs in float64, so no noise is measured: rounding of the whole op at most.
 STAGE_FLOOR = 4e-6
 
-#: On the same inputs a kernel that is wrong is at least this many times as far from the formula as the body.
+#: On the same inputs a kernel that is wrong is at least this many times as far from the formula as the body, and at
+#: least so much of its tolerance off: a body may be exact where a kernel only rounds.
 _FARTHER = 2.0
+_LEAST_EXCESS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def is_kernel_farther(
         expected = judged(made)
         return max(expected[name].excess(values) for name, values in made.items())
 
-    return excess(kernel) > _FARTHER * excess(body)
+    return excess(kernel) > max(_LEAST_EXCESS, _FARTHER * excess(body))
 
 
 def _is_constant(graph: StraightGraph, index: int) -> bool:

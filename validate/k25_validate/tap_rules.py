@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from k25_plugins.errors import mismatch
 from k25_validate.graph_prefix import StraightGraph
 
 _LOOKED_THROUGH = ("Cast", "CastLike", "Identity", "Transpose")
@@ -152,13 +153,26 @@ def tap_map(
 
     `rules` default to those of the component.
     """
-    rules = RULES[component] if rules is None else rules
+    if rules is None:
+        rules = RULES[component]
+        _require_ops_of(component, graph, rules)
     matcher = _Matcher(rules, graph, weights)
     matcher.match(allow_partial=False)
     matcher.match(allow_partial=True)
     matcher.anchor_outputs()
     missing = tuple(rule.tap for rule in rules if rule.tap not in matcher.taps.values())
     return TapMap(taps=matcher.taps, wired=matcher.wired, unmatched=matcher.unmatched, missing=missing)
+
+
+def _require_ops_of(component: str, graph: StraightGraph, rules: Sequence[Rule]) -> None:
+    """Bundles of before `k25.RMSNorm` have its formula as plain nodes, which no rule knows."""
+    ops = {node.op_type for node in graph.nodes}
+    if any(rule.op == "RMSNorm" for rule in rules) and "RMSNorm" not in ops and "ReduceMean" in ops:
+        raise mismatch(
+            f"component {component}",
+            expected="nodes k25.RMSNorm",
+            found="its formula as plain nodes: the bundle was exported by an older version. Export it again",
+        )
 
 
 class _Matcher:

@@ -1,5 +1,6 @@
 // k25.MLA on the CPU: new rows into the cache, then the absorbed form for few query tokens, the expanded one for many.
-// Absorbed, a few tokens of short contexts take one head after the other, others one part of a context after the other.
+// Absorbed, a few tokens of short contexts take a few heads after the other, others one part of a context after the other. Which
+// form a token takes depends on the call: a few tokens, or many, are equal but for rounding.
 #include "cpu_absorbed.h"
 #include "cpu_expanded.h"
 #include "cpu_short.h"

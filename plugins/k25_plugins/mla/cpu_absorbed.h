@@ -2,11 +2,11 @@
 //
 //     query_h = [UK_h^T q_nope_h | q_rope_h],  z_h = softmax(query_h . rows) latents,  out_h = UV_h z_h
 //
-// The new rows of few tokens are rotated and written beside UK_h^T q_nope_h, which does not need them.
+// A latent row is key and value of all heads at once: each is read once (short contexts: cpu_short.h). The context of a
+// token is cut into splits, a task each, whose sums are merged in their order; the cut depends on the length of the context
+// alone, so a token's result in this form depends neither on threads nor on what else is in the batch.
 //
-// A latent row is key and value of all heads at once: each is read once (short contexts: cpu_short.h). The context of a token is cut into splits, a
-// task each, whose sums are merged in their order; the cut depends on the length of the context alone, so a token's
-// result depends neither on threads nor on what else is in the batch.
+// The new rows of few tokens are rotated and written beside UK_h^T q_nope_h, which does not need them.
 #ifndef K25_MLA_CPU_ABSORBED_H
 #define K25_MLA_CPU_ABSORBED_H
 
@@ -48,6 +48,7 @@ K25_INLINE Panel wave_panel(const Wave& wave, size_t split, size_t panel) {
 K25_INLINE size_t panel_heads(const MlaCall& call, size_t panel) {
   return smaller(kPanelLanes, call.heads - panel * kPanelLanes);
 }
+
 // Absorbed queries of one head, all tokens of the wave.
 static void absorb_head(Wave& wave, size_t head) {
   const MlaCall& call = *wave.call;

@@ -1,7 +1,7 @@
 // k25.MLA in the absorbed form for few tokens of short contexts: a few heads after the other, from query to output.
 //
 // The rows of a short context fit the caches, so every few heads read them again; in exchange heads need not wait for one
-// another, and kv_b passes in one stream. Lanes are the columns of a row. A token's result depends on its context alone.
+// another, and kv_b passes in one stream. Lanes are the columns of a row. A token's result in this form depends on its context alone.
 #ifndef K25_MLA_CPU_SHORT_H
 #define K25_MLA_CPU_SHORT_H
 

@@ -221,18 +221,13 @@ void stream_down(const Call& call, const ExpertGroup& group, int64_t first, int6
   const int64_t words = call.intermediate / 8, scale_count = words / call.words_per_group;
   const int32_t* rows = group.down.words + first * words;
   const uint16_t* scales = group.down.scales + first * scale_count;
-  const int64_t count = stop - first, twos = count / 2;
+  const int64_t count = stop - first;  // even: hidden is a multiple of 8
   static_assert(kStreamRows == kDownRows, "rows of a task");
   float found[kStreamTokens * kStreamRows];
   stream_rows<2>(call, tokens,
                  {{rows, rows + words}, {scales, scales + scale_count}, words, call.words_per_group, 2,
-                  static_cast<int>(twos), 2, 1},
+                  static_cast<int>(count / 2), 2, 1},
                  x, found);
-  if (count % 2 != 0) {
-    stream_rows<1>(call, tokens,
-                   {{rows + 2 * twos * words}, {scales + 2 * twos * scale_count}, words, call.words_per_group, 1, 1, 1, 1}, x,
-                   found + 2 * twos);
-  }
   for (int m = 0; m < tokens; ++m) {
     const int64_t pair = group.first_pair + m;
     float* total = totals + call.groups.tokens[pair] * kDownRows;

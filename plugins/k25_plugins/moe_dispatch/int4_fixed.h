@@ -160,7 +160,7 @@ static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* 
   for (int r = 0; r < R; ++r) {
     words[r] = rows.words[r];
     scales[r] = rows.scales[r];
-    reader[r].start(words[r]);
+    if (goes_on) reader[r].start(words[r]);
   }
   F32 totals[kBlock][R][M];
   for (int n = 0; n < rows.count; ++n) {
