@@ -120,16 +120,24 @@ K25_INLINE void stream_rows([[maybe_unused]] const Call& call, int tokens, const
 void stream_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t stop) {
   const int tokens = static_cast<int>(group.pair_count), count = static_cast<int>(stop - first);
   const auto x = [&](int m) { return x_row<char>(call, call.few, call.groups.tokens[group.first_pair + m]); };
-  const int64_t words = call.hidden / 8, scale_count = words / call.words_per_group;
-  const PackedMatrix &gate = group.gate, &up = group.up;
+  const bool is_end = stop == call.intermediate && &group + 1 < call.groups.groups + call.groups.group_count;
+  const ExpertGroup& follows = is_end ? (&group)[1] : group;
+  PackedRows<2> rows{};
+  rows.row_words = call.hidden / 8;
+  rows.words_per_group = call.words_per_group;
+  rows.step = 1;
+  rows.count = count;
+  for (int side = 0; side < 2; ++side) {
+    const PackedMatrix& matrix = side == 0 ? group.gate : group.up;
+    const PackedMatrix& next = side == 0 ? follows.gate : follows.up;
+    rows.start(side, matrix.words, matrix.scales, first);
+    rows.go_on(side, next.words, next.scales, is_end ? 0 : stop);
+    rows.out_at[side] = side * kRows;
+  }
   static_assert(kStreamRows == 2 * kRows, "gate and up of a task");
   float found[kStreamTokens * kStreamRows];
   if (count < kRows) memset(found, 0, sizeof found);
-  stream_rows<2>(call, tokens,
-                 {{gate.words + first * words, up.words + first * words},
-                  {gate.scales + first * scale_count, up.scales + first * scale_count},
-                  words, call.words_per_group, 1, count, 1, kRows},
-                 x, found);
+  stream_rows<2>(call, tokens, rows, x, found);
   for (int m = 0; m < tokens; ++m) {
     const float* gates = found + m * kStreamRows;
     write_inner(call, group, group.first_pair + m, first, count, gates, gates + kRows);
@@ -218,20 +226,26 @@ bool gate(Call& call, int64_t task) {
 void stream_down(const Call& call, const ExpertGroup& group, int64_t first, int64_t stop, float* totals) {
   const int tokens = static_cast<int>(group.pair_count);
   const auto x = [&](int m) { return inner_row<char>(call, group.first_pair + m); };
-  const int64_t words = call.intermediate / 8, scale_count = words / call.words_per_group;
-  const int32_t* rows = group.down.words + first * words;
-  const uint16_t* scales = group.down.scales + first * scale_count;
-  const int64_t count = stop - first;  // even: hidden is a multiple of 8
+  const int count = static_cast<int>(stop - first);  // even: hidden is a multiple of 8
+  const bool is_last = &group == call.groups.groups + call.groups.group_count - 1;
+  const PackedMatrix& follows = is_last ? call.groups.groups[0].down : (&group)[1].down;
+  PackedRows<2> rows{};
+  rows.row_words = call.intermediate / 8;
+  rows.words_per_group = call.words_per_group;
+  rows.step = 2;
+  rows.count = count / 2;
+  for (int side = 0; side < 2; ++side) {
+    rows.start(side, group.down.words, group.down.scales, first + side);
+    rows.go_on(side, follows.words, follows.scales, (is_last ? stop : first) + side);
+    rows.out_at[side] = side;
+  }
   static_assert(kStreamRows == kDownRows, "rows of a task");
   float found[kStreamTokens * kStreamRows];
-  stream_rows<2>(call, tokens,
-                 {{rows, rows + words}, {scales, scales + scale_count}, words, call.words_per_group, 2,
-                  static_cast<int>(count / 2), 2, 1},
-                 x, found);
+  stream_rows<2>(call, tokens, rows, x, found);
   for (int m = 0; m < tokens; ++m) {
     const int64_t pair = group.first_pair + m;
     float* total = totals + call.groups.tokens[pair] * kDownRows;
-    for (int64_t row = 0; row < count; ++row) {
+    for (int row = 0; row < count; ++row) {
       total[row] += call.groups.weights[pair] * found[m * kStreamRows + row];
     }
   }

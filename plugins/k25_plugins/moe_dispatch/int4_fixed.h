@@ -8,7 +8,6 @@
 #define K25_INT4_FIXED_H
 
 #include "int4_stream.h"
-#include "lines.h"
 
 #if defined(__AVX2__)
 #define K25_HAS_FIXED 1
@@ -111,27 +110,6 @@ static inline void write_fixed(const float* values, int64_t first, FixedChunk* t
   for (size_t at = 0; at < sizeof blocks; at += sizeof(I32)) memcpy(chunk + at, lanes + at, 2 * sizeof(int32_t));
 }
 
-// The words of a row, W at a time; kAcrossLines: lines.h.
-template <bool kAcrossLines>
-struct WordReader {
-  const int32_t* at;
-  __attribute__((always_inline)) void start(const int32_t* row) { at = row; }
-  __attribute__((always_inline)) I32 next() {
-    at += W;
-    return load_i32(at - W);
-  }
-  __attribute__((always_inline)) I32 last() { return load_i32(at); }
-};
-#if K25_HAS_LINES
-template <>
-struct WordReader<true> {
-  LineReader lines;
-  __attribute__((always_inline)) void start(const int32_t* row) { lines.start(row); }
-  __attribute__((always_inline)) I32 next() { return (I32)lines.next(); }
-  __attribute__((always_inline)) I32 last() { return (I32)lines.last(); }
-};
-#endif
-
 // Loads that rows share are made once: the compiler would rather make them anew in each instruction, and loads are what these
 // loops wait for.
 #if defined(__AVX512F__)
@@ -145,37 +123,41 @@ K25_INLINE void keep_in_registers(I32&) {}
 K25_INLINE void keep_in_registers(FixedChunk&) {}
 #endif
 
-template <int M, int R, bool kGroups32, bool kAcrossLines>
-static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
+// Dot products of M activations with rows, as int4_rows.
+template <int M, int R, bool kGroups32>
+static void fixed_rows(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
   constexpr int64_t kLineVectors = kScaleLineWords / W;  // that share a line of scales
   constexpr int kBlock = kSumRows<M, R>;
   const I32 nibble = set1i(0x0f0f0f0f);
   const int64_t whole = rows.row_words / W, left = rows.row_words % W;
-  const int64_t next_words = rows.step * rows.row_words, next_scales = rows.step * rows.row_scales();
-  const bool goes_on = kAcrossLines && rows.step == 1 && left == 0;  // where a row ends, its side's next one begins
-  WordReader<kAcrossLines> reader[R];
+  const int64_t step_words = rows.step * rows.row_words, step_scales = rows.step * rows.row_scales();
+  const int steps_ahead = static_cast<int>((kPrefetchBytes / 4 + step_words - 1) / step_words);
   const int32_t* words[R];
   const uint16_t* scales[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     words[r] = rows.words[r];
     scales[r] = rows.scales[r];
-    if (goes_on) reader[r].start(words[r]);
   }
   F32 totals[kBlock][R][M];
   for (int n = 0; n < rows.count; ++n) {
     F32 total[R][M], scale[R];
     I32 packed[R];
     const FixedChunk* at[M];
-    const char* ahead[R];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) at[m] = x[m];
+    const int32_t* words_ahead[R];
+    const uint16_t* scales_ahead[R];
+    const bool goes_on = n + steps_ahead >= rows.count;
+    const int64_t steps = goes_on ? n + steps_ahead - rows.count : n + steps_ahead;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      ahead[r] = reinterpret_cast<const char*>(words[r]) + kPrefetchBytes;
-      if (!goes_on) reader[r].start(words[r]);
+      words_ahead[r] = (goes_on ? rows.next_words[r] : rows.words[r]) + steps * step_words;
+      scales_ahead[r] = (goes_on ? rows.next_scales[r] : rows.scales[r]) + steps * step_scales;
+    }
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[r][m] = zero();
+    for (int m = 0; m < M; ++m) {
+      at[m] = x[m];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total[r][m] = zero();
     }
     const auto add = [&]() __attribute__((always_inline)) {
       I32 even[R], odd[R];
@@ -197,36 +179,21 @@ static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* 
         }
       }
     };
-    const auto scale_at = [&](int64_t vector, int r) __attribute__((always_inline)) {
-      return kGroups32 ? word_scales_32(scales[r] + vector * (W / 4))
-                       : word_scales(scales[r], vector * W, rows.words_per_group, W);
-    };
-    const bool is_last = kAcrossLines && (!goes_on || n + 1 == rows.count);  // what follows may not be read
-    const int64_t most = is_last ? whole - 1 : whole;
-    for (int64_t vector = 0; vector < most;) {
-      const int64_t stop = vector + kLineVectors < most ? vector + kLineVectors : most;
+    for (int64_t vector = 0; vector < whole;) {
+      const int64_t stop = vector + kLineVectors < whole ? vector + kLineVectors : whole;
 #pragma GCC unroll 8
-      for (int r = 0; r < R && kGroups32; ++r) {
-        prefetch(reinterpret_cast<const char*>(scales[r] + vector * (W / 4)) + kPrefetchBytes / 8);
-      }
+      for (int r = 0; r < R && kGroups32; ++r) prefetch(scales_ahead[r] + vector * (W / 4));
       for (; vector < stop; ++vector) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          prefetch(ahead[r] + vector * static_cast<int64_t>(sizeof(I32)));
-          packed[r] = reader[r].next();
+          prefetch(words_ahead[r] + vector * W);
+          packed[r] = load_i32(words[r] + vector * W);
           keep_in_registers(packed[r]);
-          scale[r] = scale_at(vector, r);
+          scale[r] = kGroups32 ? word_scales_32(scales[r] + vector * (W / 4))
+                               : word_scales(scales[r], vector * W, rows.words_per_group, W);
         }
         add();
       }
-    }
-    if (is_last && whole > 0) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        packed[r] = reader[r].last();
-        scale[r] = scale_at(whole - 1, r);
-      }
-      add();
     }
     if (left > 0) {
 #pragma GCC unroll 8
@@ -240,8 +207,8 @@ static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* 
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      words[r] += next_words;
-      scales[r] += next_scales;
+      words[r] += step_words;
+      scales[r] += step_scales;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) totals[n % kBlock][r][m] = total[r][m];
     }
@@ -249,18 +216,6 @@ static void fixed_rows_from(const PackedRows<R>& rows, const FixedChunk* const* 
       write_sums<M, R>(rows, n - n % kBlock, n % kBlock + 1, totals, out);
     }
   }
-}
-
-// Dot products of M activations with rows, as int4_rows.
-template <int M, int R, bool kGroups32>
-static void fixed_rows(const PackedRows<R>& rows, const FixedChunk* const* x, float* out) {
-#if K25_HAS_LINES
-  const int64_t vectors = rows.row_words / W * (rows.step == 1 && rows.row_words % W == 0 ? rows.count : 1);
-  bool across = kGroups32;  // other groups are rare: one way for them
-  for (int r = 0; r < R; ++r) across = across && is_across_lines(rows.words[r], vectors);
-  if (across) return fixed_rows_from<M, R, kGroups32, kGroups32>(rows, x, out);
-#endif
-  fixed_rows_from<M, R, kGroups32, false>(rows, x, out);
 }
 
 template <int R>
