@@ -15,7 +15,6 @@
 
 #include "checks.h"
 #include "k25.h"
-#include "workers.h"
 
 namespace k25 {
 namespace {
@@ -258,18 +257,6 @@ void run_on_session_threads(void* context, k25_task task, void* state, size_t co
   }
 }
 
-struct Workers {
-  int32_t threads;
-  OrtKernelContext* context;
-};
-
-void run_on_own_threads(void* context, k25_task task, void* state, size_t count) {
-  const Workers& workers = *static_cast<const Workers*>(context);
-  if (!run_on_workers(workers.threads, task, state, count)) {
-    run_on_session_threads(workers.context, task, state, count);
-  }
-}
-
 // The tensors of a call: shapes of the outputs from those of the inputs, their memory from the session.
 OrtStatus* read_call(OrtKernelContext* context, const Kernel& kernel, k25_tensor* inputs, k25_tensor* outputs,
                      k25_message message) {
@@ -300,10 +287,8 @@ OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   const k25_message message{text, sizeof text};
   k25_tensor inputs[kMaxInputs], outputs[kMaxOutputs];
   if (OrtStatus* status = read_call(context, kernel, inputs, outputs, message)) return status;
-  Workers workers{kernel.threads, context};
-  const k25_parallel of_session{run_on_session_threads, context}, own{run_on_own_threads, &workers};
-  const k25_cpu_options options{kernel.mode, K25_ISA_BEST,
-                                kernel.threads == 0 ? &of_session : kernel.threads > 1 ? &own : nullptr};
+  const k25_parallel parallel{run_on_session_threads, context, kernel.threads};
+  const k25_cpu_options options{kernel.mode, K25_ISA_BEST, kernel.threads == 1 ? nullptr : &parallel};
   const k25_status done = kernel.op->functions->compute(inputs, kernel, outputs, &options, message);
   return done == K25_OK ? nullptr : status_of(done, text);
 }

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a struct or a function below does. */
-#define K25_ABI_VERSION 3
+#define K25_ABI_VERSION 4
 
 /* Element types, as numbered by ONNX (TensorProto.DataType). */
 enum { K25_FLOAT32 = 1, K25_INT32 = 6, K25_INT64 = 7, K25_BFLOAT16 = 16 };
@@ -80,12 +80,17 @@ typedef struct {
   float scaling_factor;
 } k25_router_attributes;
 
-/* Runs task(state, 0) ... task(state, count - 1), each once, in any order, on any threads, and returns when all are
- * done. What a task computes never depends on the number of threads: results are bitwise the same for any. */
+/* The threads of a call. What is computed never depends on their number: results are bitwise the same for any.
+ *
+ * `run` runs task(state, 0) ... task(state, count - 1), each once, in any order, on any threads, and returns when all are
+ * done. Where `threads` is above 1, the library's own threads serve the call, so many with the calling one; they are started
+ * when they are first wanted and shared by the process, one call at a time. Then `run` may be null, and is used while they
+ * serve another call (null: the calling thread alone). */
 typedef void (*k25_task)(void* state, size_t index);
 typedef struct {
   void (*run)(void* context, k25_task task, void* state, size_t count);
   void* context;
+  int32_t threads;
 } k25_parallel;
 
 /* K25_FAST may use bf16 dot products with float32 sums, or 16-bit activations with exact sums of eight products;

@@ -25,26 +25,34 @@ constexpr int kLooks = 32;  // between two looks at the clock; then others may h
 constexpr int64_t kLostNanoseconds = 30000;  // between two looks: somebody had it
 constexpr int64_t kCalmNanoseconds = 20000000;
 
-// Calls are numbered. `open` is the number of the one that may be joined, or 0. A worker counts itself in before it looks,
-// and the caller closes before it counts, so nobody is inside when the next call is written.
+// Calls are numbered. A worker writes down which call it is about to join, then looks whether that call is still open; the
+// caller closes it, then looks who has written. So nobody is inside when the next call is written. Where every worker has
+// come and gone there is nothing to close. Cores that share no cache need some 250 ns for a line: one line tells a worker all
+// about a call, and each has a line of its own to answer on.
 struct Pool {
   alignas(64) uint64_t call;
-  alignas(64) uint64_t open;
-  int32_t threads;
-  k25_task task;
+  uint64_t open;  // call and threads of the one that may be joined (open_word), or 0
+  k25_task lane;
   void* state;
-  size_t count;
-  alignas(64) size_t next;  // ticket
-  alignas(64) int32_t inside;
+  uint64_t float_control;  // of the caller: rounding, and what becomes of denormals
   alignas(64) int32_t busy;
-  int32_t sleepers;
   int32_t started;
   bool is_full;  // the system refused another thread
-  uint64_t float_control;  // of the caller: rounding, and what becomes of denormals
+  alignas(64) int32_t sleepers;
   pthread_mutex_t mutex;
   pthread_cond_t changed;
 };
-Pool pool = {0, 0, 0, nullptr, nullptr, 0, 0, 0, 0, 0, 0, false, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+Pool pool = {0, 0, nullptr, nullptr, 0, 0, 0, false, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+
+// Twice the number of the last call that a worker has looked at, and 1 while it is inside.
+struct alignas(64) Answer {
+  uint64_t word;
+};
+Answer answers[kMostWorkers + 1];
+
+constexpr uint64_t inside(uint64_t call) { return 2 * call + 1; }
+constexpr uint64_t outside(uint64_t call) { return 2 * call; }
+constexpr uint64_t open_word(uint64_t call, int32_t threads) { return call << 8 | static_cast<uint64_t>(threads); }
 
 uint64_t float_control() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -69,7 +77,7 @@ void set_float_control([[maybe_unused]] uint64_t value) {
 // A child has the caller's thread alone: workers are started anew when they are wanted.
 void forget_workers() {
   pool.open = 0;
-  pool.inside = 0;
+  for (Answer& answer : answers) answer.word = 0;
   pool.busy = 0;
   pool.sleepers = 0;
   pool.started = 0;
@@ -78,18 +86,19 @@ void forget_workers() {
   pool.changed = PTHREAD_COND_INITIALIZER;
 }
 
-void run_tickets() {
-  for (;;) {
-    const size_t index = __atomic_fetch_add(&pool.next, 1, __ATOMIC_RELAXED);
-    if (index >= pool.count) return;
-    pool.task(pool.state, index);
-  }
-}
-
 int64_t now() {
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);
   return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
+
+// A line that this thread is going to write, without waiting for it.
+void get_ready_to_write([[maybe_unused]] const void* line) {
+#if defined(__x86_64__)
+  __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));
+#else
+  __builtin_prefetch(line, 1);
+#endif
 }
 
 uint64_t call_asleep(uint64_t seen) {
@@ -103,12 +112,13 @@ uint64_t call_asleep(uint64_t seen) {
 
 // The call after `seen`. Who looks for it uses up its share of a core that others want too, and then loses the core in the
 // middle of its work; so a worker that has lost it sleeps at once for a while.
-uint64_t call_after(uint64_t seen, int64_t* sleep_until) {
+uint64_t call_after(uint64_t seen, const Answer& answer, int64_t* sleep_until) {
   int64_t last = now();
   for (const int64_t until = last + kAwakeNanoseconds; last < until && last >= *sleep_until;) {
     for (int look = 0; look < kLooks; ++look) {
       const uint64_t call = __atomic_load_n(&pool.call, __ATOMIC_ACQUIRE);
       if (call != seen) return call;
+      get_ready_to_write(&answer);  // the caller has read it
       cpu_pause();
     }
     sched_yield();
@@ -126,14 +136,16 @@ void* work(void* argument) {
   if (sched_getaffinity(getpid(), sizeof cores, &cores) == 0) sched_setaffinity(0, sizeof cores, &cores);
 #endif
   int64_t sleep_until = 0;
+  uint64_t* answer = &answers[number].word;
   for (uint64_t seen = 0;;) {
-    seen = call_after(seen, &sleep_until);
-    __atomic_fetch_add(&pool.inside, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&pool.open, __ATOMIC_SEQ_CST) == seen && number < pool.threads) {
+    seen = call_after(seen, answers[number], &sleep_until);
+    __atomic_exchange_n(answer, inside(seen), __ATOMIC_SEQ_CST);
+    const uint64_t open = __atomic_load_n(&pool.open, __ATOMIC_SEQ_CST);
+    if (open >> 8 == seen && static_cast<uint64_t>(number) < (open & 255)) {
       set_float_control(pool.float_control);
-      run_tickets();
+      pool.lane(pool.state, static_cast<size_t>(number));
     }
-    __atomic_fetch_sub(&pool.inside, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(answer, outside(seen), __ATOMIC_RELEASE);
   }
   return nullptr;
 }
@@ -160,28 +172,40 @@ void start(int32_t threads) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
+void wake_all() {
+  pthread_mutex_lock(&pool.mutex);
+  pthread_cond_broadcast(&pool.changed);
+  pthread_mutex_unlock(&pool.mutex);
+}
+
+bool have_all_left(uint64_t call, int32_t lanes) {
+  for (int32_t number = 1; number < lanes; ++number) {
+    if (__atomic_load_n(&answers[number].word, __ATOMIC_ACQUIRE) != outside(call)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-bool run_on_workers(int32_t threads, k25_task task, void* state, size_t count) {
+bool run_on_workers(int32_t threads, k25_task lane, void* state) {
   if (__atomic_exchange_n(&pool.busy, 1, __ATOMIC_ACQUIRE) != 0) return false;
   start(threads);
-  pool.threads = threads;
-  pool.task = task;
-  pool.state = state;
-  pool.count = count;
-  pool.next = 0;
-  pool.float_control = float_control();
+  const int32_t lanes = threads - 1 < pool.started ? threads : pool.started + 1;
   const uint64_t call = pool.call + 1;
-  __atomic_store_n(&pool.open, call, __ATOMIC_SEQ_CST);
-  __atomic_store_n(&pool.call, call, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST) > 0) {
-    pthread_mutex_lock(&pool.mutex);
-    pthread_cond_broadcast(&pool.changed);
-    pthread_mutex_unlock(&pool.mutex);
+  pool.lane = lane;
+  pool.state = state;
+  pool.float_control = float_control();
+  __atomic_store_n(&pool.open, open_word(call, lanes), __ATOMIC_RELEASE);
+  __atomic_store_n(&pool.call, call, __ATOMIC_RELEASE);
+  // One that falls asleep at this moment may miss this call, not the next: no reason to wait until it sees ours.
+  if (__atomic_load_n(&pool.sleepers, __ATOMIC_RELAXED) > 0) wake_all();
+  lane(state, 0);
+  if (!have_all_left(call, lanes)) {
+    __atomic_exchange_n(&pool.open, 0, __ATOMIC_SEQ_CST);
+    for (int32_t number = 1; number < lanes; ++number) {
+      for (int spins = 0; __atomic_load_n(&answers[number].word, __ATOMIC_SEQ_CST) == inside(call);) wait_a_little(&spins);
+    }
   }
-  run_tickets();
-  __atomic_store_n(&pool.open, 0, __ATOMIC_SEQ_CST);
-  for (int spins = 0; __atomic_load_n(&pool.inside, __ATOMIC_SEQ_CST) != 0;) wait_a_little(&spins);
   __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
   return true;
 }

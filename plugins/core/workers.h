@@ -9,9 +9,10 @@
 
 namespace k25 {
 
-// Runs all tasks on the calling thread and up to `threads` - 1 others, which are started when they are first wanted and
-// stay awake for a moment afterwards. False, and nothing done, where another thread is being served.
-bool run_on_workers(int32_t threads, k25_task task, void* state, size_t count);
+// Runs lane(state, 0) on the calling thread and, at the same time, lane(state, n) on worker n, n < `threads`, for those that
+// come before ours is done: each at most once. Returns when all have returned. Workers are started when they are first
+// wanted and stay awake for a moment afterwards. False, and nothing done, where another thread is being served.
+bool run_on_workers(int32_t threads, k25_task lane, void* state);
 
 }  // namespace k25
 #endif

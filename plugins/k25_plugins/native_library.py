@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from k25_plugins.errors import InputError
 
 #: K25_ABI_VERSION of the header that this file was written for.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 #: `off` runs the function bodies even where the library is there; `on` (the default) or a path of a library.
 NATIVE_VARIABLE = "K25_NATIVE"
@@ -93,7 +93,7 @@ Run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, Task, ctypes.c_void_p, ctypes.c_si
 class Parallel(ctypes.Structure):
     """`k25_parallel`."""
 
-    _fields_ = (("run", Run), ("context", ctypes.c_void_p))
+    _fields_ = (("run", Run), ("context", ctypes.c_void_p), ("threads", ctypes.c_int32))
 
 
 class CpuOptions(ctypes.Structure):
