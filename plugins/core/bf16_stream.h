@@ -52,15 +52,18 @@ K25_INLINE void load_tail(const uint16_t* from, int64_t count, F32* even, F32* o
   load_bf16_split(lanes, even, odd);
 }
 
-// A row's weights, 2 W at a time, as load_bf16_split has them; kAcrossLines: lines.h.
+// A row's weights, 2 W at a time, as load_bf16_split has them; kAcrossLines: lines.h. `ahead` is asked for meanwhile.
 template <bool kAcrossLines>
 struct RowReader {
   const uint16_t* at;
-  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) : at(row) {}
+  const char* ahead;
+  __attribute__((always_inline)) explicit RowReader(const uint16_t* row)
+      : at(row), ahead(reinterpret_cast<const char*>(row) + kStreamAhead) {}
   __attribute__((always_inline)) void next(F32* even, F32* odd) {
     load_bf16_split(at, even, odd);
-    prefetch(reinterpret_cast<const char*>(at) + kStreamAhead);
+    prefetch(ahead);
     at += kSplitChunk;
+    ahead += sizeof(uint16_t) * kSplitChunk;
   }
   __attribute__((always_inline)) void last(F32* even, F32* odd) { load_bf16_split(at, even, odd); }
 };
@@ -69,9 +72,14 @@ struct RowReader {
 template <>
 struct RowReader<true> {
   LineReader lines;
-  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) { lines.start(row); }
+  const char* ahead;
+  __attribute__((always_inline)) explicit RowReader(const uint16_t* row) {
+    lines.start(row);
+    ahead = lines.line + kStreamAhead;
+  }
   __attribute__((always_inline)) void next(F32* even, F32* odd) {
-    prefetch(lines.line + kStreamAhead);
+    prefetch(ahead);
+    ahead += 64;
     split(lines.next(), even, odd);
   }
   __attribute__((always_inline)) void last(F32* even, F32* odd) { split(lines.last(), even, odd); }
@@ -125,9 +133,11 @@ K25_INLINE void add_row(Reader& reader, const uint16_t* row, int64_t in, const f
 }
 
 template <int M, bool kAcrossLines>
-static void stream_rows_from(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, float* out) {
+static void stream_rows_from(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, const uint16_t* next,
+                             float* out) {
   constexpr int kBlock = M == 4 ? 1 : M == 2 ? 2 : 4;  // rows whose sums over lanes are made together, four at a time
   const bool goes_on = in % kSplitChunk == 0;           // where a row ends, the next one begins
+  const int64_t own = next == nullptr ? count : count - (kStreamAhead / 2 + in - 1) / in;  // rows that ask for these rows
   RowReader<kAcrossLines> reader(rows);
   for (int64_t first = 0; first < count; first += kBlock) {
     F32 totals[kBlock * M];
@@ -136,11 +146,13 @@ static void stream_rows_from(const uint16_t* rows, int64_t count, int64_t in, co
       for (int m = 0; m < M; ++m) totals[r * M + m] = zero();
     }
     for (int r = 0; r < block; ++r) {
-      const uint16_t* row = rows + (first + r) * in;
-      if (goes_on && first + r + 1 < count) {
+      const int64_t n = first + r;
+      const uint16_t* row = rows + n * in;
+      if (!goes_on) reader = RowReader<kAcrossLines>(row);
+      if (n >= own) reader.ahead = reinterpret_cast<const char*>(next + (n - own) * in);
+      if (goes_on && n + 1 < count) {
         add_row<M, false>(reader, row, in, x, totals + r * M);
       } else {
-        if (!goes_on) reader = RowReader<kAcrossLines>(row);
         add_row<M, true>(reader, row, in, x, totals + r * M);
       }
     }
@@ -153,25 +165,27 @@ static void stream_rows_from(const uint16_t* rows, int64_t count, int64_t in, co
   }
 }
 
-// out[row][m]: dot products of `count` rows of `in` weights, which lie together, with M activations in split order.
+// out[row][m]: dot products of `count` rows of `in` weights, which lie together, with M activations in split order. `next` is
+// what the thread reads after them, or null: what lies behind them.
 template <int M>
-static inline void stream_rows(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, float* out) {
+static inline void stream_rows(const uint16_t* rows, int64_t count, int64_t in, const float* const* x, const uint16_t* next,
+                               float* out) {
 #if K25_HAS_LINES
   const int64_t chunks = in / kSplitChunk;
   if (is_across_lines(rows, in % kSplitChunk == 0 ? count * chunks : chunks)) {
-    return stream_rows_from<M, true>(rows, count, in, x, out);
+    return stream_rows_from<M, true>(rows, count, in, x, next, out);
   }
 #endif
-  stream_rows_from<M, false>(rows, count, in, x, out);
+  stream_rows_from<M, false>(rows, count, in, x, next, out);
 }
 
 K25_INLINE void stream_rows_of(int tokens, const uint16_t* rows, int64_t count, int64_t in, const float* const* x,
-                               float* out) {
+                               const uint16_t* next, float* out) {
   switch (tokens) {
-    case 1: return stream_rows<1>(rows, count, in, x, out);
-    case 2: return stream_rows<2>(rows, count, in, x, out);
-    case 3: return stream_rows<3>(rows, count, in, x, out);
-    default: return stream_rows<4>(rows, count, in, x, out);
+    case 1: return stream_rows<1>(rows, count, in, x, next, out);
+    case 2: return stream_rows<2>(rows, count, in, x, next, out);
+    case 3: return stream_rows<3>(rows, count, in, x, next, out);
+    default: return stream_rows<4>(rows, count, in, x, next, out);
   }
 }
 

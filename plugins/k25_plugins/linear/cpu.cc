@@ -16,7 +16,6 @@ namespace {
 constexpr int kPanelTokens = 64;
 constexpr int kMostRows = 32;        // of a task with many tokens
 constexpr int64_t kNarrow = 384;     // outputs up to which products are float32 in any mode
-constexpr int kStreamBytes = 32768;  // of weights in a task with one
 constexpr int kPrepareTokens = 8;    // in a task
 constexpr int64_t kRowsAtOnce = 64;  // of sums that are not written as they are
 
@@ -59,12 +58,13 @@ void write(const Call& call, int64_t token, int64_t row, float value) {
 void stream(const Call& call, int64_t first, int64_t stop) {
   const float* x[1] = {reinterpret_cast<const float*>(call.prepared_x)};
   if (call.is_float) {
-    return stream_rows<1>(call.weight + first * call.in, stop - first, call.in, x, static_cast<float*>(call.y) + first);
+    return stream_rows<1>(call.weight + first * call.in, stop - first, call.in, x, nullptr,
+                          static_cast<float*>(call.y) + first);
   }
   float found[kRowsAtOnce];
   for (int64_t row = first; row < stop; row += kRowsAtOnce) {
     const int64_t count = stop - row < kRowsAtOnce ? stop - row : kRowsAtOnce;
-    stream_rows<1>(call.weight + row * call.in, count, call.in, x, found);
+    stream_rows<1>(call.weight + row * call.in, count, call.in, x, nullptr, found);
     for (int64_t i = 0; i < count; ++i) write(call, 0, row + i, found[i]);
   }
 }
@@ -126,7 +126,7 @@ k25_status linear(const k25_tensor inputs[2], const k25_tensor outputs[1], const
   call.x_bytes = padded(call.use_pairs ? 2 * padded(call.in, kPairChunk) : 4 * padded(call.in, kSplitChunk), 64);
   call.prepared_x = static_cast<char*>(scratch.take(static_cast<size_t>(call.tokens * call.x_bytes)));
   if (call.prepared_x == nullptr) return fail(K25_FAILED, message, "k25.Linear: out of memory");
-  call.rows = call.is_streamed ? kStreamBytes / (2 * call.in) + 1 : kMostRows;
+  call.rows = call.is_streamed ? pieces_in_task(options->parallel, call.out, 2 * call.in) : kMostRows;
   const Phase phases[] = {
       {prepare_task, static_cast<size_t>((call.tokens + kPrepareTokens - 1) / kPrepareTokens)},
       {rows_task, static_cast<size_t>((call.out + call.rows - 1) / call.rows)},

@@ -55,7 +55,7 @@ static void absorb_head(Wave& wave, size_t head) {
   float* space = static_cast<float*>(thread_scratch(absorb_floats(call) * sizeof(float)));
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
-    absorb_tokens(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first), space,
+    absorb_tokens(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first), head_rows(call, head + 1), space,
                   wave.queries + (first * call.heads + head) * call.rank, call.heads * call.rank);
   }
 }
@@ -203,7 +203,8 @@ static void out_task(void* state, size_t head) {
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
     write_outputs(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first),
-                  wave.mixed + (first * call.heads + head) * call.rank, call.heads * call.rank, space);
+                  wave.mixed + (first * call.heads + head) * call.rank, call.heads * call.rank,
+                  value_rows(call, head + 1), space);
   }
 }
 

@@ -187,11 +187,14 @@ static void short_heads_task(void* state, size_t index) {
   ShortSpace space;
   if (!take_space(call, &space)) return __atomic_store_n(&work.failed, true, __ATOMIC_RELAXED);
   for (size_t h = 0; h < heads; ++h) {
-    absorb_tokens(call, first + h, work.tokens, work.count, space.inner, space.queries + h * stride, kHeadsAtOnce * stride);
+    const uint16_t* next = h + 1 < heads ? head_rows(call, first + h + 1) : value_rows(call, first);
+    absorb_tokens(call, first + h, work.tokens, work.count, next, space.inner, space.queries + h * stride,
+                  kHeadsAtOnce * stride);
   }
   for (size_t t = 0; t < work.count; ++t) attend_heads(work, t, first, heads, space);
   for (size_t h = 0; h < heads; ++h) {
-    write_outputs(call, first + h, work.tokens, work.count, space.mixed + h * call.rank, kHeadsAtOnce * call.rank,
+    const uint16_t* next = h + 1 < heads ? value_rows(call, first + h + 1) : head_rows(call, first + heads);
+    write_outputs(call, first + h, work.tokens, work.count, space.mixed + h * call.rank, kHeadsAtOnce * call.rank, next,
                   space.inner);
   }
 }

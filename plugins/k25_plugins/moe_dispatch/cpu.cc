@@ -56,7 +56,8 @@ struct Call {
   char* inner;          // [P] rows of inner_bytes, in the form of the expert's group
   int64_t inner_bytes;
 
-  int64_t gate_blocks;
+  int64_t gate_blocks, down_blocks;          // of an expert; of all
+  int64_t gate_task_blocks, down_task_blocks;  // that follow one another in a task
   int32_t no_memory;  // set by any task
 };
 
@@ -208,9 +209,9 @@ bool tile_gate(Call& call, const ExpertGroup& group, int64_t first, int64_t stop
   return true;
 }
 
-bool gate(Call& call, int64_t task) {
-  const ExpertGroup& group = call.groups.groups[task / call.gate_blocks];
-  const int64_t first = task % call.gate_blocks * kRows;
+bool gate(Call& call, int64_t block) {
+  const ExpertGroup& group = call.groups.groups[block / call.gate_blocks];
+  const int64_t first = block % call.gate_blocks * kRows;
   const int64_t stop = first + kRows < call.intermediate ? first + kRows : call.intermediate;
   if (is_streamed(group)) {
     stream_gate(call, group, first, stop);
@@ -284,8 +285,8 @@ void write_y(const Call& call, int64_t first, int64_t stop, const float* totals)
 }
 
 template <class Tile>
-bool down(Call& call, int64_t task) {
-  const int64_t first = task * kDownRows;
+bool down(Call& call, int64_t block) {
+  const int64_t first = block * kDownRows;
   const int64_t stop = first + kDownRows < call.hidden ? first + kDownRows : call.hidden;
   const size_t total_bytes = sizeof(float) * static_cast<size_t>(call.tokens) * kDownRows;
   TileMemory<Tile> memory(static_cast<int>(stop - first), total_bytes);
@@ -312,15 +313,38 @@ void prepare_task(void* state, size_t index) { prepare(*static_cast<Call*>(state
 
 void gate_task(void* state, size_t index) {
   Call& call = *static_cast<Call*>(state);
-  note(call, gate(call, static_cast<int64_t>(index)));
+  const int64_t first = static_cast<int64_t>(index) * call.gate_task_blocks, all = call.gate_blocks * call.groups.group_count;
+  const int64_t stop = first + call.gate_task_blocks < all ? first + call.gate_task_blocks : all;
+  for (int64_t block = first; block < stop; ++block) note(call, gate(call, block));
 }
 
 void down_task(void* state, size_t index) {
   Call& call = *static_cast<Call*>(state);
+  const int64_t first = static_cast<int64_t>(index) * call.down_task_blocks;
+  const int64_t stop = first + call.down_task_blocks < call.down_blocks ? first + call.down_task_blocks : call.down_blocks;
+  for (int64_t block = first; block < stop; ++block) {
 #if K25_HAS_DOT_BF16
-  if (call.many == kPairs) return note(call, down<PairTile>(call, static_cast<int64_t>(index)));
+    if (call.many == kPairs) {
+      note(call, down<PairTile>(call, block));
+      continue;
+    }
 #endif
-  note(call, down<FloatTile>(call, static_cast<int64_t>(index)));
+    note(call, down<FloatTile>(call, block));
+  }
+}
+
+// Blocks in a task: several where they only stream by, one where there is more to compute.
+void share_out(Call& call, const k25_parallel* parallel) {
+  call.gate_blocks = divided_up(call.intermediate, kRows);
+  call.down_blocks = divided_up(call.hidden, kDownRows);
+  call.gate_task_blocks = call.down_task_blocks = 1;
+  for (int64_t index = 0; index < call.groups.group_count; ++index) {
+    if (!is_streamed(call.groups.groups[index])) return;
+  }
+  const int64_t count = call.groups.group_count;
+  if (count == 0) return;
+  call.gate_task_blocks = pieces_in_task(parallel, call.gate_blocks * count, kRows * call.hidden);
+  call.down_task_blocks = pieces_in_task(parallel, call.down_blocks, kDownRows * call.intermediate / 2 * count);
 }
 
 bool take_memory(Call& call, Scratch& scratch) {
@@ -362,11 +386,11 @@ k25_status moe_dispatch(const k25_tensor inputs[6], const k25_moe_dispatch_attri
   const k25_status status = group_by_expert(inputs, *attributes, scratch, &call.groups, message);
   if (status != K25_OK) return status;
   if (!take_memory(call, scratch)) return fail(K25_FAILED, message, "k25.MoEDispatch: out of memory");
-  call.gate_blocks = divided_up(call.intermediate, kRows);
+  share_out(call, options->parallel);
   const Phase phases[] = {
       {prepare_task, static_cast<size_t>(divided_up(call.tokens, kPrepareTokens))},
-      {gate_task, static_cast<size_t>(call.gate_blocks * call.groups.group_count)},
-      {down_task, static_cast<size_t>(divided_up(call.hidden, kDownRows))},
+      {gate_task, static_cast<size_t>(divided_up(call.gate_blocks * call.groups.group_count, call.gate_task_blocks))},
+      {down_task, static_cast<size_t>(divided_up(call.down_blocks, call.down_task_blocks))},
   };
   run_phases(options->parallel, phases, &call);
   if (call.no_memory != 0) return fail(K25_FAILED, message, "k25.MoEDispatch: out of memory");
