@@ -64,7 +64,7 @@ class Machine:
         self.probe.probe_multiply_add.restype = self.probe.probe_read.restype = ctypes.c_double
         self.clock = time.thread_time if threads == 1 else time.perf_counter
         self.pool = ctypes.c_void_p(self.probe.probe_pool(threads))
-        self.parallel = Parallel(ctypes.cast(self.probe.probe_run, Run), self.pool)
+        self.parallel = Parallel(Run(), None, threads)  # the library's own, as in the runtime
         self.memory = np.ones(1 << 26, np.float64)  # 512 MB, far past any cache
 
     def seconds(self, call: Callable[[], Any]) -> float:
