@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
@@ -49,29 +50,37 @@ def logits_of_chunks(
     most_rows, most_sequences = limits.largest("rows"), limits.largest("sequences")
     most_tokens = min(max_batch_tokens, limits.largest("tokens"), most_rows if rows == "all" else max_batch_tokens)
     most_sequences = min(most_sequences, most_rows)
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    if sum(lengths) <= most_tokens and len(chunks) <= most_sequences:  # as in a step of a token each
+        return _logits_of_step(runner, chunks, [0 if rows == "all" else length - 1 for length in lengths])
     found: list[list[Float32]] = [[] for _ in chunks]
     taken = [0] * len(chunks)
-    for piece in _pieces([len(chunk.tokens) for chunk in chunks], most_tokens, most_sequences):
+    for piece in _pieces(lengths, most_tokens, most_sequences):
         parts = [chunks[index].part(taken[index], taken[index] + count) for index, count in piece]
-        wanted: list[tuple[int, range]] = []
-        start = 0
+        firsts = []
         for index, count in piece:
             taken[index] += count
-            is_end = taken[index] == len(chunks[index].tokens)
-            first = start if rows == "all" else start + count - 1 if is_end else start + count
-            wanted.append((index, range(first, start + count)))
-            start += count
-        logits = runner.run(packed(parts), np.array([row for _, span in wanted for row in span], np.int32))
-        for part in parts:
-            part.sequence.length += len(part.tokens)
-        offset = 0
-        for index, span in wanted:
-            if len(span):
-                found[index].append(logits[offset : offset + len(span)])
-                offset += len(span)
-    if len(chunks) == 1 and len(found[0]) == 1:  # the whole of a step's logits, which nobody else has
-        return found[0]
+            firsts.append(0 if rows == "all" else count - 1 if taken[index] == lengths[index] else count)
+        for (index, _), logits in zip(piece, _logits_of_step(runner, parts, firsts), strict=True):
+            found[index].append(logits)
     return [np.concatenate(parts_of_chunk) for parts_of_chunk in found]
+
+
+def _logits_of_step(runner: ModelRunner, parts: Sequence_[Chunk], firsts: list[int]) -> list[Float32]:
+    """Append the tokens in one step; logits of each part's tokens from `firsts` on, in arrays of their own."""
+    rows: list[int] = []
+    ends: list[int] = []
+    start = 0
+    for part, first in zip(parts, firsts, strict=True):
+        rows += range(start + first, start + len(part.tokens))
+        ends.append(len(rows))
+        start += len(part.tokens)
+    logits = runner.run(packed(parts), np.array(rows, np.int32))
+    for part in parts:
+        part.sequence.length += len(part.tokens)
+    if len(parts) == 1:
+        return [logits]
+    return [logits[begin:end].copy() for begin, end in itertools.pairwise([0, *ends])]
 
 
 def _pieces(lengths: Sequence_[int], most_tokens: int, most_sequences: int) -> Iterator[list[tuple[int, int]]]:

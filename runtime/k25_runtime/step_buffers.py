@@ -25,6 +25,7 @@ class StepBuffers:
     def __init__(self) -> None:
         self._inputs: dict[str, HostTensor] = {}
         self._tensors: list[HostTensor] = []
+        self._kept: set[int] = set()  # their ids
         self._next: int | None = None
         self._all_are_kept = True
 
@@ -42,7 +43,7 @@ class StepBuffers:
     def end(self, result: HostTensor | None) -> HostTensor | None:
         """The step's result, as the caller's own."""
         self._next = None
-        if result is not None and any(result is tensor for tensor in self._tensors):
+        if id(result) in self._kept and result is not None:
             return HostTensor(result.array.copy(), result.dtype)
         return result
 
@@ -60,6 +61,7 @@ class StepBuffers:
         tensor = HostTensor(np.empty(shape, storage), dtype)
         if tensor.array.nbytes <= LARGEST_BYTES:
             self._tensors[index : index + 1] = [tensor]
+            self._kept = {id(kept) for kept in self._tensors}
             self._next = index + 1
         else:
             self._all_are_kept = False
