@@ -97,6 +97,11 @@ def run_on_threads(count: int) -> Parallel:
     return Parallel(run=Run(run))
 
 
+def own_threads(count: int) -> Parallel:
+    """A `k25_parallel` of `count` threads of the library's own."""
+    return Parallel(Run(), None, count)
+
+
 def call(
     op: str,
     inputs: list[Named],
@@ -105,13 +110,13 @@ def call(
     *,
     mode: Mode = "fast",
     isa: Isa = "best",
-    threads: int = 1,
+    threads: int | Parallel = 1,
     library: NativeLibrary | None = None,
 ) -> tuple[int, str]:
     """`k25_<op>_cpu`: its status and message."""
     library = library or LIBRARY_OR_NONE
     assert library is not None
-    parallel = run_on_threads(threads) if threads > 1 else None
+    parallel = threads if isinstance(threads, Parallel) else run_on_threads(threads) if threads > 1 else None
     options = CpuOptions(MODES.index(mode), ISAS.index(isa), ctypes.pointer(parallel) if parallel else None)
     text = ctypes.create_string_buffer(512)
     arguments: list[Any] = [(Tensor * len(inputs))(*map(described, inputs))]

@@ -74,6 +74,17 @@ void on_own_thread(void*, k25_task wanted, void* state, size_t count) {
 }
 k25_parallel on_workers(size_t threads) { return {on_own_thread, nullptr, static_cast<int32_t>(threads)}; }
 
+void look_at_pieces(const k25_parallel* parallel) {
+  for (const int64_t pieces : {1, 7, 320, 32000}) {
+    for (const int64_t bytes : {1, 64, 2048, 300000}) {
+      const int64_t found = k25::pieces_in_task(parallel, pieces, bytes);
+      if (found < 1 || (found > 1 && found * bytes > 262144 + bytes)) {
+        fail("pieces in a task", static_cast<size_t>(found), static_cast<size_t>(bytes));
+      }
+    }
+  }
+}
+
 // Whether a thread of the pool takes part, within a second.
 struct Company {
   pthread_t caller;
@@ -111,6 +122,8 @@ int main(int argc, char** argv) {
       run_and_look(nullptr, counts);
       for (size_t threads : {1, 2, 5}) {
         const k25_parallel fresh{on_threads, &threads, 0}, kept = on_workers(threads);
+        const k25_parallel alone{nullptr, nullptr, static_cast<int32_t>(threads)};
+        run_and_look(&alone, counts);
         run_and_look(&fresh, counts);
         run_and_look(&kept, counts);
       }
@@ -121,11 +134,16 @@ int main(int argc, char** argv) {
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 2; ++caller) {
     callers.emplace_back([&] {
-      const k25_parallel kept = on_workers(3);
-      for (int round = 0; round < 20 * rounds; ++round) run_and_look(&kept, {40, 3});
+      const k25_parallel kept = on_workers(3), alone{nullptr, nullptr, 3};
+      for (int round = 0; round < 20 * rounds; ++round) run_and_look(round % 2 == 0 ? &kept : &alone, {40, 3});
     });
   }
   for (std::thread& caller : callers) caller.join();
+  for (const int32_t threads : {0, 1, 2, 64}) {
+    const k25_parallel parallel{nullptr, nullptr, threads};
+    look_at_pieces(&parallel);
+  }
+  look_at_pieces(nullptr);
   if (!has_company(2)) fail("no thread of the pool takes part", 2, 0);
   // A forked child has none of the threads, and starts its own.
   for (const size_t wanted : {3, 6}) {

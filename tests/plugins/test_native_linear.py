@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_calls import LIBRARY_OR_NONE, OK, PATHS, REASON, Named, bfloat16_values, call, named, values_of
+from native_calls import LIBRARY_OR_NONE, OK, PATHS, REASON, Named, bfloat16_values, call, named, own_threads, values_of
 
-from k25_plugins.native_library import Isa, Mode
+from k25_plugins.native_library import Isa, Mode, Parallel
 
 pytestmark = pytest.mark.skipif(LIBRARY_OR_NONE is None, reason=REASON)
 
@@ -22,7 +22,13 @@ each_mode = pytest.mark.parametrize("mode", ["fast", "exact"])
 
 
 def linear(
-    x: Array, weight: Array, *, isa: Isa = "best", mode: Mode = "exact", dtype: str = "float32", threads: int = 1
+    x: Array,
+    weight: Array,
+    *,
+    isa: Isa = "best",
+    mode: Mode = "exact",
+    dtype: str = "float32",
+    threads: int | Parallel = 1,
 ) -> tuple[Array, npt.NDArray[np.float64]]:
     """y as computed, and in float64 from the same inputs."""
     w, inputs = named(weight, "bfloat16"), named(x, dtype)
@@ -108,7 +114,7 @@ def test_a_token_that_is_not_finite_reaches_no_other(isa: Isa, mode: Mode, token
 def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, tokens: int) -> None:
     x, weight = random_pair(533, 130, tokens)
     one, _ = linear(x, weight, isa=isa, mode=mode)
-    for threads in (2, 5):
+    for threads in (2, 5, own_threads(2), own_threads(5)):
         assert np.array_equal(linear(x, weight, isa=isa, mode=mode, threads=threads)[0], one)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_calls import own_threads
 
 from k25_plugins import torch_ops
 from k25_plugins.errors import InputError
@@ -293,8 +294,9 @@ def test_any_number_of_threads_gives_the_same_bits(library: NativeLibrary, isa: 
         case = CASES[name]
         inputs = inputs_of(case)
         out, cache = native(library, case, inputs, isa=isa)
-        for threads in (1, 2, 5):
-            again, cache_again = native(library, case, inputs, isa=isa, parallel=Threads(threads).value)
+        several = [Threads(threads).value for threads in (1, 2, 5)] + [own_threads(2), own_threads(5)]
+        for parallel in several:
+            again, cache_again = native(library, case, inputs, isa=isa, parallel=parallel)
             np.testing.assert_array_equal(out, again)
             np.testing.assert_array_equal(cache, cache_again)
 

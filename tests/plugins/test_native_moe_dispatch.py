@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_calls import INVALID, LIBRARY_OR_NONE, OK, PATHS, REASON, Named, call, named, values_of
+from native_calls import INVALID, LIBRARY_OR_NONE, OK, PATHS, REASON, Named, call, named, own_threads, values_of
 from test_moe_dispatch import EXTREME_WORDS, Layer, layer_of, random_call, random_layer
 
-from k25_plugins.native_library import Isa, Mode, MoeDispatchAttributes
+from k25_plugins.native_library import Isa, Mode, MoeDispatchAttributes, Parallel
 
 pytestmark = pytest.mark.skipif(LIBRARY_OR_NONE is None, reason=REASON)
 
@@ -51,7 +51,7 @@ def moe(
     isa: Isa = "best",
     mode: Mode = "exact",
     dtype: str = "float32",
-    threads: int = 1,
+    threads: int | Parallel = 1,
 ) -> npt.NDArray[np.float32]:
     y = named(np.full(x.shape, np.nan, np.float32), dtype)
     inputs = inputs_of(layer, x, ids, weights, dtype)
@@ -171,7 +171,7 @@ def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, tokens: int)
     layer = random_layer(160, 96, 6)
     x, ids, weights = random_call(layer, tokens, 3)
     one = moe(layer, x, ids, weights, isa=isa, mode=mode)
-    for threads in (2, 5):
+    for threads in (2, 5, own_threads(2), own_threads(5)):
         assert np.array_equal(moe(layer, x, ids, weights, isa=isa, mode=mode, threads=threads), one)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_calls import LIBRARY_OR_NONE, PATHS, REASON, bfloat16_bits, bfloat16_values, run_on_threads
+from native_calls import LIBRARY_OR_NONE, PATHS, REASON, bfloat16_bits, bfloat16_values, own_threads, run_on_threads
 from test_rms_norm import SHAPES, oracle, random_call
 
 from k25_plugins import torch_ops
@@ -159,8 +159,8 @@ def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, dtype: str, 
     values, weight = random_call(shape)
     x = stored(values, dtype)
     alone = norm(x, weight, isa=isa, mode=mode)
-    for threads in (1, 2, 5):
-        again = norm(x, weight, isa=isa, mode=mode, parallel=run_on_threads(threads))
+    for parallel in [*map(run_on_threads, (1, 2, 5)), own_threads(3)]:
+        again = norm(x, weight, isa=isa, mode=mode, parallel=parallel)
         np.testing.assert_array_equal(again, alone)
 
 

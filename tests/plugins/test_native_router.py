@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_calls import LIBRARY_OR_NONE, PATHS, REASON, run_on_threads
+from native_calls import LIBRARY_OR_NONE, PATHS, REASON, own_threads, run_on_threads
 from test_router import SIZES, oracle, random_call, sigmoid
 
 from k25_plugins import torch_ops
@@ -250,8 +250,8 @@ def test_a_bias_that_is_not_finite(isa: Isa, experts: int) -> None:
 def test_the_number_of_threads_changes_no_bit(isa: Isa, mode: Mode, tokens: int, experts: int, top_k: int) -> None:
     call = random_call(tokens, experts)
     alone = route(*call, top_k, isa=isa, mode=mode)
-    for threads in (1, 2, 5):
-        assert_equal_bits(route(*call, top_k, isa=isa, mode=mode, parallel=run_on_threads(threads)), alone)
+    for parallel in [*map(run_on_threads, (1, 2, 5)), own_threads(3)]:
+        assert_equal_bits(route(*call, top_k, isa=isa, mode=mode, parallel=parallel), alone)
 
 
 @each_isa
