@@ -170,7 +170,8 @@ void wait_a_little(int* spins) {
 int64_t pieces_in_task(const k25_parallel* parallel, int64_t pieces, int64_t bytes) {
   constexpr int64_t kTasksOfThread = 8, kUnknownThreads = 8, kFewestBytes = 16384, kMostBytes = 262144;
   const int64_t threads = parallel == nullptr ? 1 : parallel->threads > 1 ? parallel->threads : kUnknownThreads;
-  const int64_t fewest = kFewestBytes / bytes + 1, most = kMostBytes / bytes + 1;
+  const int64_t most = bytes < kMostBytes ? kMostBytes / bytes : 1;
+  const int64_t fewest = kFewestBytes / bytes + 1 < most ? kFewestBytes / bytes + 1 : most;
   const int64_t wanted = pieces / (kTasksOfThread * threads);
   return wanted < fewest ? fewest : wanted > most ? most : wanted;
 }

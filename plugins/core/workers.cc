@@ -190,6 +190,10 @@ bool have_all_left(uint64_t call, int32_t lanes) {
 bool run_on_workers(int32_t threads, k25_task lane, void* state) {
   if (__atomic_exchange_n(&pool.busy, 1, __ATOMIC_ACQUIRE) != 0) return false;
   start(threads);
+  if (pool.started == 0) {
+    __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
+    return false;
+  }
   const int32_t lanes = threads - 1 < pool.started ? threads : pool.started + 1;
   const uint64_t call = pool.call + 1;
   pool.lane = lane;

@@ -55,7 +55,8 @@ static void absorb_head(Wave& wave, size_t head) {
   float* space = static_cast<float*>(thread_scratch(absorb_floats(call) * sizeof(float)));
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
-    absorb_tokens(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first), head_rows(call, head + 1), space,
+    const uint16_t* next = head_rows(call, first + kTokenTile < wave.count ? head : head + 1);
+    absorb_tokens(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first), next, space,
                   wave.queries + (first * call.heads + head) * call.rank, call.heads * call.rank);
   }
 }
@@ -202,9 +203,9 @@ static void out_task(void* state, size_t head) {
   float* space = static_cast<float*>(thread_scratch(out_floats(call) * sizeof(float)));
   if (space == nullptr) return __atomic_store_n(&wave.failed, true, __ATOMIC_RELAXED);
   for (size_t first = 0; first < wave.count; first += kTokenTile) {
+    const uint16_t* next = value_rows(call, first + kTokenTile < wave.count ? head : head + 1);
     write_outputs(call, head, wave.tokens + first, smaller(kTokenTile, wave.count - first),
-                  wave.mixed + (first * call.heads + head) * call.rank, call.heads * call.rank,
-                  value_rows(call, head + 1), space);
+                  wave.mixed + (first * call.heads + head) * call.rank, call.heads * call.rank, next, space);
   }
 }
 

@@ -1,5 +1,6 @@
 // k25.MLA in the absorbed form, what is of one head: UK_h^T q_nope_h before the attention, UV_h z_h after it. The rows of UK_h
-// and UV_h, which follow each other in kv_b, are read once for up to kTokenTile tokens.
+// and UV_h follow each other in kv_b; those of UV_h are read once for up to kTokenTile tokens, those of UK_h for one or for
+// kTokenTile.
 #ifndef K25_MLA_CPU_HEADS_H
 #define K25_MLA_CPU_HEADS_H
 
@@ -87,7 +88,7 @@ static void absorb_tokens(const MlaCall& call, size_t head, const int32_t* token
   for (size_t t = 0; t < count; ++t) read_nope(call, static_cast<size_t>(tokens[t]), head, query + t * call.nope);
   if (count == kTokenTile) return absorb<kTokenTile>(call, query, call.nope, rows, next, space, to, stride);
   for (size_t t = 0; t < count; ++t) {
-    absorb<1>(call, query + t * call.nope, call.nope, rows, next, space, to + t * stride, stride);
+    absorb<1>(call, query + t * call.nope, call.nope, rows, t + 1 < count ? rows : next, space, to + t * stride, stride);
   }
 }
 

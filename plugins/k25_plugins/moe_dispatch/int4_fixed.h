@@ -131,7 +131,6 @@ static void fixed_rows(const PackedRows<R>& rows, const FixedChunk* const* x, fl
   const I32 nibble = set1i(0x0f0f0f0f);
   const int64_t whole = rows.row_words / W, left = rows.row_words % W;
   const int64_t step_words = rows.step * rows.row_words, step_scales = rows.step * rows.row_scales();
-  const int steps_ahead = static_cast<int>((kPrefetchBytes / 4 + step_words - 1) / step_words);
   const int32_t* words[R];
   const uint16_t* scales[R];
 #pragma GCC unroll 8
@@ -146,12 +145,10 @@ static void fixed_rows(const PackedRows<R>& rows, const FixedChunk* const* x, fl
     const FixedChunk* at[M];
     const int32_t* words_ahead[R];
     const uint16_t* scales_ahead[R];
-    const bool goes_on = n + steps_ahead >= rows.count;
-    const int64_t steps = goes_on ? n + steps_ahead - rows.count : n + steps_ahead;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      words_ahead[r] = (goes_on ? rows.next_words[r] : rows.words[r]) + steps * step_words;
-      scales_ahead[r] = (goes_on ? rows.next_scales[r] : rows.scales[r]) + steps * step_scales;
+      words_ahead[r] = rows.words_ahead(n, r);
+      scales_ahead[r] = rows.scales_ahead(n, r);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {

@@ -54,6 +54,15 @@ struct PackedRows {
   int out_at[R];
 
   __attribute__((always_inline)) int64_t row_scales() const { return row_words / words_per_group; }
+  // What is asked for while side r passes for the n-th time.
+  __attribute__((always_inline)) const int32_t* words_ahead(int n, int r) const {
+    const int64_t ahead = n + steps_ahead();
+    return ahead < count ? words[r] + ahead * step * row_words : next_words[r] + (ahead - count) * step * row_words;
+  }
+  __attribute__((always_inline)) const uint16_t* scales_ahead(int n, int r) const {
+    const int64_t ahead = n + steps_ahead();
+    return ahead < count ? scales[r] + ahead * step * row_scales() : next_scales[r] + (ahead - count) * step * row_scales();
+  }
   // Side r of a matrix begins with a row.
   void start(int r, const int32_t* matrix_words, const uint16_t* matrix_scales, int64_t row) {
     words[r] = matrix_words + row * row_words;
@@ -62,6 +71,11 @@ struct PackedRows {
   void go_on(int r, const int32_t* matrix_words, const uint16_t* matrix_scales, int64_t row) {
     next_words[r] = matrix_words + row * row_words;
     next_scales[r] = matrix_scales + row * row_scales();
+  }
+
+ private:
+  __attribute__((always_inline)) int64_t steps_ahead() const {
+    return (kPrefetchBytes / 4 + step * row_words - 1) / (step * row_words);
   }
 };
 
@@ -133,11 +147,11 @@ static void int4_rows(const PackedRows<R>& rows, const float* const* x, float* o
     for (int r = 0; r < R; ++r) {
       const int32_t* words = rows.words[r] + n * rows.step * rows.row_words;
       const uint16_t* scales = rows.scales[r] + n * rows.step * rows.row_scales();
+      const int32_t* words_ahead = rows.words_ahead(n, r);
+      const uint16_t* scales_ahead = rows.scales_ahead(n, r);
       for (int64_t word = 0; word < whole; word += W) {
-        prefetch(reinterpret_cast<const char*>(words + word) + kPrefetchBytes);
-        if (kGroups32 && word % kScaleLineWords == 0) {
-          prefetch(reinterpret_cast<const char*>(scales + word / 4) + kPrefetchBytes / 8);
-        }
+        prefetch(words_ahead + word);
+        if (kGroups32 && word % kScaleLineWords == 0) prefetch(scales_ahead + word / 4);
         chunk(word, r, load_i32(words + word),
               kGroups32 ? word_scales_32(scales + word / 4) : word_scales(scales, word, rows.words_per_group, W));
       }
