@@ -229,7 +229,8 @@ class Runtime:
         if len(sequences) != len(token_ids):
             raise InputError(f"decode: expected {len(sequences)} token ids, one a sequence, found {len(token_ids)}")
         chunks = [(sequence, [token]) for sequence, token in zip(sequences, token_ids, strict=True)]
-        return np.concatenate(self.extend_batch(chunks))
+        logits = self.extend_batch(chunks)
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def reserved_batch(
         self,
