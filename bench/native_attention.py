@@ -51,39 +51,44 @@ VISION_ATTRIBUTES: dict[str, Any] = {"num_heads": VISION_HEADS, "softmax_scale":
 
 
 class Machine:
-    """The peaks of this machine and a pool of threads, from native_probe.cc."""
+    """The peaks of this machine, from native_probe.cc, and the threads that the kernels run on."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, library: NativeLibrary, threads: int) -> None:
         self.threads = threads
+        self.library = library
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(__file__).with_name("native_probe.cc"), Path(folder) / "probe.so"
             flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
             subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
             self.probe = ctypes.CDLL(str(library))
-        self.probe.probe_pool.restype = ctypes.c_void_p
         self.probe.probe_multiply_add.restype = self.probe.probe_read.restype = ctypes.c_double
         self.clock = time.thread_time if threads == 1 else time.perf_counter
-        self.pool = ctypes.c_void_p(self.probe.probe_pool(threads))
         self.parallel = Parallel(Run(), None, threads)  # the library's own, as in the runtime
         self.memory = np.ones(1 << 26, np.float64)  # 512 MB, far past any cache
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """How long a call takes."""
+        """How long a call takes, with the library's threads awake as they are within a decode step."""
+        self.wake()
         started = self.clock()
         call()
         return self.clock() - started
 
+    def wake(self) -> None:
+        """Give the library's threads something small to do."""
+        small = [np.zeros((1, 64), np.float32), np.zeros((2048, 64), np.uint16)]
+        call_native(self.library, "Linear", small, {}, parallel=self.parallel)
+
     def peak_flops(self) -> float:
         """Float32 multiply-adds, in FLOP/s."""
         started = self.clock()
-        done = self.probe.probe_multiply_add(self.pool, self.threads)
+        done = self.probe.probe_multiply_add(self.threads)
         return float(done) / (self.clock() - started)
 
     def bandwidth(self) -> float:
         """Reading memory, in bytes/s."""
         size, data = ctypes.c_size_t(self.memory.nbytes), ctypes.c_void_p(self.memory.ctypes.data)
         started = self.clock()
-        done = self.probe.probe_read(self.pool, data, size)
+        done = self.probe.probe_read(self.threads, data, size)
         return float(done) / (self.clock() - started)
 
 
@@ -223,7 +228,7 @@ def contenders(library: NativeLibrary, machine: Machine, patches: int) -> dict[s
 
 def measure(library: NativeLibrary, threads: int, rounds: int, patches: int) -> dict[str, Any]:
     """Peaks and times of interleaved rounds."""
-    machine = Machine(threads)
+    machine = Machine(library, threads)
     torch.set_num_threads(threads)
     rows = contenders(library, machine, patches)
     for call, _ in rows.values():

@@ -1,4 +1,4 @@
-// What a benchmark of the native kernels is measured against, and with: the machine's peaks and a pool of threads.
+// What a benchmark of the native kernels is measured against: the machine's peaks.
 //
 //   g++ -O3 -march=native -shared -fPIC -pthread native_probe.cc -o libk25_probe.so
 #include <stddef.h>
@@ -14,56 +14,20 @@ using Task = void (*)(void*, size_t);
 using Vector = float __attribute__((vector_size(64)));
 using Words = uint64_t __attribute__((vector_size(64)));
 
-// Threads that wait for work, spinning: what a call costs is its kernel, not the pool.
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { wait(); });
-  }
-  ~Pool() {
-    stop_ = true;
-    generation_.fetch_add(1);
-    for (std::thread& thread : threads_) thread.join();
-  }
-  void run(Task task, void* state, size_t count) {
-    task_ = task;
-    state_ = state;
-    count_ = count;
-    next_ = 0;
-    busy_ = static_cast<int>(threads_.size());
-    generation_.fetch_add(1);
-    work();
-    while (busy_.load() > 0) __builtin_ia32_pause();
-  }
-
- private:
-  void work() {
-    for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task_(state_, i);
-  }
-  void wait() {
-    for (int seen = 0;;) {
-      int spins = 0;
-      while (generation_.load() == seen) {
-        __builtin_ia32_pause();
-        if (++spins > 100000) std::this_thread::yield();
-      }
-      ++seen;
-      if (stop_) return;
-      work();
-      busy_.fetch_sub(1);
-    }
-  }
-  std::vector<std::thread> threads_;
-  std::atomic<int> generation_{0}, busy_{0};
-  std::atomic<size_t> next_{0};
-  size_t count_ = 0;
-  Task task_ = nullptr;
-  void* state_ = nullptr;
-  bool stop_ = false;
-};
+// Threads that live no longer than their work: others that waited would take the cores from what is measured next.
+void run(int threads, Task task, void* state, size_t count) {
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(state, i);
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+}
 
 constexpr int kSums = 20;
-constexpr long kSteps = 400000;
+constexpr long kSteps = 4000000;  // 10 ms: starting a thread is of no weight
 
 // Multiply-adds on registers alone: kSums independent sums hide their latency.
 void multiply_add(void*, size_t) {
@@ -101,22 +65,17 @@ void read_part(void* state, size_t index) {
 
 extern "C" {
 
-void* probe_pool(int threads) { return new Pool(threads); }
-void probe_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
-// The `run` of a k25_parallel whose context is a pool.
-void probe_run(void* pool, Task task, void* state, size_t count) { static_cast<Pool*>(pool)->run(task, state, count); }
-
-// float32 multiply-adds on all threads of the pool; returns how many FLOP (two for each).
-double probe_multiply_add(void* pool, int threads) {
-  static_cast<Pool*>(pool)->run(multiply_add, nullptr, static_cast<size_t>(threads));
+// float32 multiply-adds on all threads; returns how many FLOP (two for each).
+double probe_multiply_add(int threads) {
+  run(threads, multiply_add, nullptr, static_cast<size_t>(threads));
   return 2.0 * 16 * kSums * kSteps * threads;
 }
 
 // Reads `count` bytes (64-byte aligned); returns how many it read: whole megabytes.
-double probe_read(void* pool, const void* bytes, size_t count) {
+double probe_read(int threads, const void* bytes, size_t count) {
   Region region{static_cast<const char*>(bytes), size_t{1} << 20};
   const size_t parts = count / region.part;
-  static_cast<Pool*>(pool)->run(read_part, &region, parts);
+  run(threads, read_part, &region, parts);
   return static_cast<double>(parts * region.part);
 }
 

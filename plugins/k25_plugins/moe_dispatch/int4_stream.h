@@ -33,8 +33,8 @@ K25_INLINE F32 word_scales_32(const uint16_t* scales) {
 }
 
 // How far ahead lines are asked for: of what a thread reads, in the order in which it reads it, also where one expert's rows
-// end and another's begin. Measured with 64 rows of 256 bytes from each of four experts in turn, two cores: 45 GB/s with
-// 4 KB ahead in the same matrix, 55 with 8 KB ahead in this order.
+// end and another's begin. Measured with 32 rows of 256 bytes from each of four experts in turn, two cores: 43 to 46 GB/s with
+// 4 KB ahead in the same matrix, 49 to 53 with 8 KB ahead in this order.
 constexpr int kPrefetchBytes = 8192;
 constexpr int64_t kScaleLineWords = 128;  // that share a line of scales in groups of 32
 
